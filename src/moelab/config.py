@@ -1,0 +1,283 @@
+"""Every setting of one run.
+
+Frozen dataclasses, checked when they are made: a value that cannot work is refused with one line that names the
+setting, the value it had and what would work (`UsageError`). `to_json` / `from_json` carry a whole run to and from a
+`config.json`. Field names are the flags of the command line (`batch_size` is `--batch-size`), and the text under a
+field is its help.
+
+Letters used in shapes everywhere: T tokens, D width, F expert hidden size, E experts, K top-k, N = T·K routed slots,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Activation = Literal["gelu", "gelu_tanh", "relu2", "silu", "swiglu"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+class UsageError(ValueError):
+    """A setting that cannot work. Its text is one line for the user; commands exit with status 2."""
+
+
+class RunFailed(RuntimeError):
+    """A run that was set up rightly and failed. Its text is one line for the user; commands exit with status 1."""
+
+
+def require(condition: bool, setting: str, value: object, would_work: str) -> None:
+    """Raises `UsageError` naming the setting, its value and what would work, unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"{setting} = {value}: {would_work}")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The feed-forward layers that are Mixtures of Experts, and their router."""
+
+    experts: int = 8
+    """Number of experts of a layer (E)."""
+    top_k: int = 2
+    """Experts that each token is sent to (K)."""
+    expert_hidden: int | None = None
+    """Hidden size of one expert (F); 4 × width when not given."""
+    moe_layers: str = "every"
+    """Which layers are MoE: "every", "every 2nd" (the 2nd, 4th, …), or a list such as "1,3,5" (the first layer is 0)."""
+    normalize_weights: bool = True
+    """Divide the weights of a token's K experts by their sum."""
+    balance_loss: float = 0.01
+    """Coefficient of the balance loss (Switch Transformer), summed over layers; 0 turns it off."""
+    z_loss: float = 0.0
+    """Coefficient of the router z-loss (ST-MoE), summed over layers; 0 turns it off."""
+    backend: str = "auto"
+    """How the experts are computed; `moelab info` lists the ways."""
+
+    def __post_init__(self) -> None:
+        require(self.experts >= 1, "experts", self.experts, "give 1 or more")
+        require(
+            1 <= self.top_k <= self.experts, "top-k", self.top_k, f"give 1 to {self.experts}, the number of experts"
+        )
+        require(
+            self.expert_hidden is None or self.expert_hidden >= 1,
+            "expert-hidden",
+            self.expert_hidden,
+            "give 1 or more, or leave it out for 4 × width",
+        )
+        for name in ("balance_loss", "z_loss"):
+            require(getattr(self, name) >= 0, flag(name), getattr(self, name), "give 0 (off) or more")
+        layer_pattern(self.moe_layers, layers=None)
+
+
+def layer_pattern(pattern: str, layers: int | None) -> frozenset[int]:
+    """The layers (numbered from 0) that `moe_layers` names, of a model of `layers` layers.
+
+    With `layers` None only the form is checked. Raises `UsageError` on another form or a layer that is not there.
+    """
+    would_work = 'give "every", "every 2nd", or layer numbers such as "1,3,5"'
+    words = pattern.split()
+    if words == ["every"]:
+        return frozenset(range(layers or 0))
+    if len(words) == 2 and words[0] == "every":
+        digits = words[1].rstrip("ndrsth")
+        require(digits.isdigit() and int(digits) >= 1, "moe-layers", repr(pattern), would_work)
+        step = int(digits)
+        return frozenset(range(step - 1, layers or 0, step))
+    numbers = [part.strip() for part in pattern.split(",")]
+    require(all(n.isdigit() for n in numbers), "moe-layers", repr(pattern), would_work)
+    chosen = frozenset(int(n) for n in numbers)
+    if layers is not None:
+        require(max(chosen) < layers, "moe-layers", repr(pattern), f"give numbers from 0 to {layers - 1}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One GPT. With `moe` None every feed-forward is dense."""
+
+    layers: int = 4
+    """Number of transformer blocks."""
+    heads: int = 4
+    """Attention heads of a block."""
+    width: int = 256
+    """Size of a token's vector (D)."""
+    context: int = 256
+    """Tokens that attention can look back over, the current one included."""
+    vocabulary: int = 50_304
+    """Rows of the embedding (V): the tokenizer's, padded to a multiple of 64. Set from the data when training."""
+    hidden: int | None = None
+    """Hidden size of a dense feed-forward; 4 × width when not given."""
+    activation: Activation = "gelu"
+    """Activation of every feed-forward: gelu is the exact erf form; swiglu has two input matrices."""
+    positions: Literal["learned", "rope"] = "learned"
+    """Learned position vectors as in GPT-2, or rotary positions (RoPE)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before each attention and feed-forward, and before the head."""
+    bias: bool = True
+    """Biases in the projections, feed-forwards (experts' too) and LayerNorms."""
+    tied_head: bool = True
+    """The output head is the token embedding."""
+    moe: MoEConfig | None = None
+    """The Mixture-of-Experts layers; None for a dense model."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "width", "context", "vocabulary"):
+            require(getattr(self, name) >= 1, flag(name), getattr(self, name), "give 1 or more")
+        require(self.width % self.heads == 0, "heads", self.heads, f"give a number that divides the width {self.width}")
+        if self.positions == "rope":
+            head = self.width // self.heads
+            require(head % 2 == 0, "heads", self.heads, f"rope needs an even head size; width / heads is {head}")
+        require(
+            self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "give 1 or more, or leave it out for 4 × width"
+        )
+        if self.moe is not None:
+            layer_pattern(self.moe.moe_layers, self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size of a dense feed-forward."""
+        return self.hidden or 4 * self.width
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Hidden size F of one expert. Raises `UsageError` on a dense model."""
+        if self.moe is None:
+            raise UsageError("moe = None: a dense model has no experts")
+        return self.moe.expert_hidden or 4 * self.width
+
+    @property
+    def moe_layers(self) -> frozenset[int]:
+        """Numbers of the layers (from 0) whose feed-forward is a Mixture of Experts."""
+        return layer_pattern(self.moe.moe_layers, self.layers) if self.moe else frozenset()
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    data: str = "stdlib"
+    """Corpus: stdlib, wikitext-2, wikitext-103 (and their -raw forms), or text:PATH (a file or a folder)."""
+    source: Path | None = None
+    """Local files of a named corpus, instead of the hub."""
+    glob: str = "**/*"
+    """Which files of a text:PATH folder are read."""
+    tokenizer: str | None = None
+    """gpt2, bpe:VOCAB or bytes; bpe:4096 for stdlib and text:, gpt2 for WikiText, when not given."""
+    ranks: Path | None = None
+    """Offline GPT-2 ranks: r50k_base.tiktoken, or a folder with encoder.json and vocab.bpe ($MOELAB_GPT2_RANKS)."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained."""
+
+    steps: int = 5_000
+    """Optimizer steps."""
+    batch_size: int = 8
+    """Sequences of one micro-batch."""
+    accumulation: int = 4
+    """Micro-batches whose gradients are summed for one optimizer step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    min_learning_rate: float = 3e-5
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    precision: Precision = "auto"
+    """Arithmetic of the products; auto is bf16 on devices that have it, fp16 with loss scaling on older GPUs, else fp32."""
+    device: str = "auto"
+    """cuda, cuda:N, mps or cpu; auto takes a GPU when there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto uses it on CUDA."""
+    seed: int = 0
+    """Seed of the initial values and of the order of the data."""
+    deterministic: bool = False
+    """Ask PyTorch for algorithms that give the same bits every time."""
+    evaluation_interval: int = 250
+    """Steps between evaluations on the whole validation split; there is always one at the end."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "steps", "batch_size", "accumulation", "evaluation_interval", "log_interval", "checkpoint_interval",
+        )  # fmt: skip
+        for name in positive:
+            require(getattr(self, name) >= 1, flag(name), getattr(self, name), "give 1 or more")
+        for name in ("warmup_steps", "weight_decay", "clip", "min_learning_rate", "seed"):
+            require(getattr(self, name) >= 0, flag(name), getattr(self, name), "give 0 or more")
+        for name in ("learning_rate", "epsilon"):
+            require(getattr(self, name) > 0, flag(name), getattr(self, name), "give more than 0")
+        require(
+            self.min_learning_rate <= self.learning_rate,
+            "min-learning-rate", self.min_learning_rate, f"give at most the learning rate {self.learning_rate}",
+        )  # fmt: skip
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "give 0 or more and less than 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides one run; written to `config.json` in the run's folder."""
+
+    preset: str = "smoke"
+    arm: str = "dense"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> RunConfig:
+        """The run that `to_json` wrote. Raises `UsageError` on a setting that is unknown or cannot work."""
+        return build(RunConfig, json.loads(text), "config.json")
+
+
+def flag(name: str) -> str:
+    """How the command line spells a field."""
+    return name.replace("_", "-")
+
+
+Dataclass = TypeVar("Dataclass")
+
+
+def build(kind: type[Dataclass], values: Mapping[str, Any], where: str) -> Dataclass:
+    """A dataclass of this module from plain values, nested ones too.
+
+    Raises `UsageError` naming a setting that `kind` does not have.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UsageError(f"{where}: {kind.__name__} has no setting {unknown[0]!r}; it has {', '.join(hints)}")
+    return kind(**{name: _convert(hints[name], value, where) for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    return Path(value) if hint is Path else value
