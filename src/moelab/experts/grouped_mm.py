@@ -1,0 +1,250 @@
+"""Backend `grouped_mm`: sort the routed slots by expert, two grouped products, gather back.
+
+    slots (T·K)  ──counting sort──▶  rows, those of one expert side by side
+    x[token of row]  ──W_in, b_in──▶  activation  ──W_out, b_out──▶  row outputs
+    y[t] = Σ_k weight[t, k] · output[row of slot (t, k)], in slot order, in fp32
+
+In bf16 on Hopper and newer the products are `torch.nn.functional.grouped_mm`: one kernel for all experts, no host
+synchronisation, and it traces into a full graph. Everywhere else (fp16, fp32, CPUs) they are an operator of our own
+that reads the counts and runs one product an expert: PyTorch's own fallback does the same, but does not trace in fp32.
+
+No float atomics: the sort counts integers, each gather's backward is a gather through the inverse permutation, and sums
+run in slot order. The same call twice gives the same bits.
+
+What `grouped_mm` asks for and leaves open, and how it is met here: rows must be a multiple of 16 bytes long (padded);
+rows after the last expert's, which dropped slots are sorted to, come back uninitialised (overwritten with zeros); an
+expert without rows leaves its weight gradient open (overwritten with zeros).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from moelab.config import Activation
+from moelab.experts.activation import activate
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why this backend cannot be used on a device; None if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return f"PyTorch {torch.__version__} has no torch.nn.functional.grouped_mm; install torch>=2.10"
+    return None
+
+
+class Routing(NamedTuple):
+    """Where each routed slot goes when slots are sorted by expert, dropped ones last."""
+
+    row_of_slot: torch.Tensor
+    """(N,) int64."""
+    slot_of_row: torch.Tensor
+    """(N,) int64, its inverse."""
+    offsets: torch.Tensor
+    """(E,) int32, where each expert's rows end."""
+    expert_of_row: torch.Tensor
+    """(N,) int64, 0 for a dropped slot."""
+    kept_row: torch.Tensor
+    """(N, 1) bool, False for a dropped slot."""
+
+
+def sort_slots(indices_TK: torch.Tensor, experts: int) -> Routing:
+    """Stable counting sort of the slots (t, k), in that order, by expert."""
+    expert_N = indices_TK.reshape(-1).long()
+    expert_N = torch.where(expert_N < 0, experts, expert_N)
+    bins = torch.arange(experts + 1, device=expert_N.device)
+    chosen_EN = (expert_N == bins[:, None]).int()  # one row a bin, so that the scan runs along contiguous memory
+    rank_EN = chosen_EN.cumsum(1, dtype=torch.int32)
+    ends = rank_EN[:, -1].cumsum(0, dtype=torch.int32) if len(expert_N) else bins.int() * 0
+    starts = F.pad(ends[:-1], (1, 0)).long()
+    row_of_slot = starts[expert_N] + rank_EN.gather(0, expert_N[None])[0] - 1
+    rows = torch.arange(len(expert_N), device=expert_N.device)
+    slot_of_row = torch.empty_like(rows).scatter(0, row_of_slot, rows)
+    expert_of_row = expert_N[slot_of_row]
+    kept_row = expert_of_row < experts
+    return Routing(row_of_slot, slot_of_row, ends[:experts], torch.where(kept_row, expert_of_row, 0), kept_row[:, None])
+
+
+def expert_mlp(
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    indices_TK: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_in: torch.Tensor | None,
+    b_out: torch.Tensor | None,
+    activation: Activation,
+) -> torch.Tensor:
+    """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights of the combine's."""
+    routing = sort_slots(indices_TK, w_in.shape[0])
+    rows_ND = _Gather.apply(x_TD, indices_TK.shape[1], *routing)
+    h = _ExpertLinear.apply(rows_ND, w_in, b_in, *routing)
+    y_ND = _ExpertLinear.apply(activate(h, activation), w_out, b_out, *routing)
+    y_TD: torch.Tensor = _Combine.apply(y_ND, weights_TK, *routing)
+    return y_TD.to(x_TD.dtype)
+
+
+Gradients = tuple[torch.Tensor | None, ...]
+NONE_FOR_ROUTING: Gradients = (None,) * len(Routing._fields)
+
+
+class _Gather(torch.autograd.Function):
+    """x (T, D) → its rows in sorted order (N, D); backward sums a token's K gradients in slot order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, top_k: int, *routing: torch.Tensor) -> torch.Tensor:
+        ctx.top_k = top_k
+        ctx.save_for_backward(*routing)
+        return x_TD[Routing(*routing).slot_of_row // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Gradients:
+        (d_rows,) = gradients
+        routing = Routing(*ctx.saved_tensors)
+        row_TK = routing.row_of_slot.view(-1, ctx.top_k)
+        wide = torch.promote_types(d_rows.dtype, torch.float32)
+        total = d_rows[row_TK[:, 0]].to(wide)  # a dropped slot's row has gradient 0
+        for k in range(1, ctx.top_k):
+            total = total + d_rows[row_TK[:, k]].to(wide)
+        return total.to(d_rows.dtype), None, *NONE_FOR_ROUTING
+
+
+class _Combine(torch.autograd.Function):
+    """Row outputs (N, D) and weights (T, K) → Σ_k weight·row (T, D), in slot order and in the weights' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: torch.Tensor, weights_TK: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_ND, weights_TK, *routing)
+        r, top_k, wide = Routing(*routing), weights_TK.shape[1], weights_TK.dtype
+        row_TK = r.row_of_slot.view(-1, top_k)
+        kept_TK = row_TK < r.offsets[-1]
+        total = torch.zeros(len(row_TK), y_ND.shape[1], dtype=wide, device=y_ND.device)
+        for k in range(top_k):
+            term = weights_TK[:, k, None] * y_ND[row_TK[:, k]].to(wide)
+            total = total + torch.where(kept_TK[:, k, None], term, 0)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Gradients:
+        (d_out,) = gradients
+        y_ND, weights_TK, *routing = ctx.saved_tensors
+        r, top_k, wide = Routing(*routing), weights_TK.shape[1], weights_TK.dtype
+        row_TK = r.row_of_slot.view(-1, top_k)
+        weight_N = weights_TK.reshape(-1)[r.slot_of_row]
+        d_rows = d_out[r.slot_of_row // top_k] * weight_N[:, None]
+        d_y = torch.where(r.kept_row, d_rows, 0).to(y_ND.dtype)
+        d_weights = torch.stack([(d_out * y_ND[row_TK[:, k]].to(wide)).sum(-1) for k in range(top_k)], dim=1)
+        return d_y, torch.where(row_TK < r.offsets[-1], d_weights, 0), *NONE_FOR_ROUTING
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """Rows (N, I) sorted by expert, w (E, O, I), b (E, O) → (N, O) = row @ w[e].T + b[e], zeros for dropped slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, *routing: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.has_bias = b is not None
+        ctx.save_for_backward(rows, w, *routing)
+        r = Routing(*routing)
+        if not _one_kernel(rows):
+            y: torch.Tensor = torch.ops.moelab.expert_product(rows, w.mT, b, r.offsets)
+            return y
+        y = _grouped(rows, w.mT, r.offsets)
+        if b is not None:
+            y = y + b[r.expert_of_row]
+        return torch.where(r.kept_row, y, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Gradients:
+        rows, w, *routing = ctx.saved_tensors
+        r = Routing(*routing)
+        d_y = gradients[0].contiguous()
+        if not _one_kernel(rows):
+            d_rows = torch.ops.moelab.expert_product(d_y, w, None, r.offsets)
+            d_w, d_b = torch.ops.moelab.expert_weight_gradient(d_y, rows, r.offsets)
+            return d_rows, d_w, d_b if ctx.has_bias else None, *NONE_FOR_ROUTING
+        d_y = torch.where(r.kept_row, d_y, 0)
+        has_rows = torch.diff(r.offsets, prepend=torch.zeros_like(r.offsets[:1])) > 0
+        d_rows = torch.where(r.kept_row, _grouped(d_y, w, r.offsets), 0)
+        d_w = torch.where(has_rows[:, None, None], _grouped(d_y.mT, rows, r.offsets), 0)
+        d_b = None
+        if ctx.has_bias:
+            ones = d_y.new_ones(_LINE, len(d_y))  # a sum over rows is a product with ones
+            d_b = torch.where(has_rows[:, None], _grouped(ones, d_y, r.offsets)[:, 0], 0)
+        return d_rows, d_w, d_b, *NONE_FOR_ROUTING
+
+
+_LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a multiple of
+
+
+def _one_kernel(rows: torch.Tensor) -> bool:
+    """Whether grouped_mm has a kernel that takes all experts at once, without the host."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.functional.grouped_mm` for sizes that are not multiples of 16 bytes, and for no rows at all.
+
+    Rows (N, I) by (E, I, O) → (N, O), or, summed over an expert's rows, (I, N) by (N, O) → (E, I, O).
+    """
+    left, inside, right = a.shape[0], a.shape[1], b.shape[-1]
+    if b.ndim == 2:
+        if inside == 0:
+            return a.new_zeros(len(offsets), left, right)
+        padded = F.grouped_mm(_pad(a.mT).contiguous().mT, _pad(b).contiguous(), offs=offsets)
+        return padded[:, :left, :right]
+    if left == 0:
+        return a.new_zeros(0, right)
+    if inside % _LINE or right % _LINE:
+        a, b = _pad(a), F.pad(b, (0, -right % _LINE, 0, -inside % _LINE))
+    return F.grouped_mm(a.contiguous(), b, offs=offsets)[:, :right]
+
+
+def _pad(t: torch.Tensor) -> torch.Tensor:
+    extra = -t.shape[-1] % _LINE
+    return F.pad(t, (0, extra)) if extra else t
+
+
+@torch.library.custom_op("moelab::expert_product", mutates_args=())
+def _expert_product(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
+    """Rows (N, I) sorted by expert, w (E, I, O), b (E, O) or None → (N, O), one product an expert, zeros after them."""
+    out = rows.new_empty(rows.shape[0], w.shape[2])
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > start:
+            if b is None:
+                torch.mm(rows[start:end], w[e], out=out[start:end])
+            else:
+                torch.addmm(b[e], rows[start:end], w[e], out=out[start:end])
+        start = end
+    out[start:].zero_()
+    return out
+
+
+@_expert_product.register_fake
+def _(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2])
+
+
+@torch.library.custom_op("moelab::expert_weight_gradient", mutates_args=())
+def _expert_weight_gradient(
+    d_y: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """d_y (N, O), rows (N, I) sorted by expert → gradients of w (E, O, I) and b (E, O); zeros for an idle expert."""
+    experts = len(offsets)
+    d_w = rows.new_empty(experts, d_y.shape[1], rows.shape[1])
+    d_b = rows.new_empty(experts, d_y.shape[1])
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        torch.mm(d_y[start:end].T, rows[start:end], out=d_w[e])
+        torch.sum(d_y[start:end], dim=0, out=d_b[e])
+        start = end
+    return d_w, d_b
+
+
+@_expert_weight_gradient.register_fake
+def _(d_y: torch.Tensor, rows: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    experts = offsets.shape[0]
+    return rows.new_empty(experts, d_y.shape[1], rows.shape[1]), rows.new_empty(experts, d_y.shape[1])

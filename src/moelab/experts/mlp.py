@@ -1,0 +1,150 @@
+"""`expert_mlp`, and the registry of ways to compute it."""
+
+from __future__ import annotations
+
+import functools
+import typing
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from moelab.config import Activation, UsageError
+from moelab.experts import grouped_mm, reference
+from moelab.experts.activation import inner_size
+
+# A backend is a module with `expert_mlp`, and `unusable` that says why it cannot be used on a device. The order is that
+# of `auto`: grouped_mm is the faster everywhere it was measured. Forward and backward of one layer, T = 2,048, D = 128,
+# F = 512, E = 8, K = 2, two threads of an EPYC, PyTorch 2.13: see docs/experts.md.
+BACKENDS: dict[str, ModuleType] = {"grouped_mm": grouped_mm, "reference": reference}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here, and the device it was tried on or what stands in the way."""
+
+    usable: bool
+    reason: str
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_in: torch.Tensor | None = None,
+    b_out: torch.Tensor | None = None,
+    *,
+    activation: Activation = "gelu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The feed-forward of a Mixture of Experts, for tokens that are already routed.
+
+        y[t] = Σ_k weights[t, k] · (act(x[t] @ w_in[e].T + b_in[e]) @ w_out[e].T + b_out[e]),   e = indices[t, k]
+
+    as in Shazeer et al. 2017, equation 1, for the K experts of a token. The products run in x's dtype, to which the
+    experts' parameters are cast; the sum over k runs in float32 (float64 for float64), in slot order. Gradients reach
+    x, weights and all four parameters.
+
+    Args:
+        x: (T, D) floating point.
+        weights: (T, K) floating point.
+        indices: (T, K) integers from 0 to E − 1, or −1 for a dropped slot, which adds nothing and gets no gradient.
+        w_in: (E, F, D); (E, 2F, D) for "swiglu", the first F rows the gate, the last F the value.
+        w_out: (E, D, F).
+        b_in: (E, F) or (E, 2F), or None.
+        b_out: (E, D), or None.
+        activation: "gelu" (erf), "gelu_tanh", "relu2", "silu" or "swiglu".
+        backend: a name from `backends()`, or "auto" for the fastest usable one.
+
+    Returns:
+        (T, D), of x's dtype.
+
+    Raises:
+        UsageError: shapes or dtypes that do not fit together, an index outside −1 … E − 1 (checked on CPUs only: on a
+            GPU that would wait for the device), an unknown activation, an unknown or unusable backend.
+    """
+    _check(x, weights, indices, w_in, w_out, b_in, b_out, activation)
+    module = _module(backend, x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cast = [None if p is None else p.to(x.dtype) for p in (w_in, w_out, b_in, b_out)]
+    y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, *cast, activation)
+    return y
+
+
+def backends() -> dict[str, Availability]:
+    """Every way to compute the experts, and whether it can be used on this machine's default device."""
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    return {name: availability(name, device) for name in BACKENDS}
+
+
+def availability(name: str, device: torch.device) -> Availability:
+    """Whether the backend `name` can be used on a device. Raises `UsageError` on an unknown name."""
+    if name not in BACKENDS:
+        raise UsageError(f"backend = {name}: give one of auto, {', '.join(BACKENDS)}")
+    reason = BACKENDS[name].unusable(device)
+    return Availability(reason is None, reason or f"on {device.type}")
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raises `UsageError` if `name` is not "auto" and not usable on a device."""
+    if name != "auto":
+        found = availability(name, device)
+        if not found.usable:
+            raise UsageError(f"backend = {name}: {found.reason}")
+
+
+@functools.cache
+def _module(name: str, device: torch.device) -> ModuleType:
+    check_backend(name, device)
+    if name == "auto":
+        name = next(name for name in BACKENDS if availability(name, device).usable)
+    return BACKENDS[name]
+
+
+def _check(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_in: torch.Tensor | None,
+    b_out: torch.Tensor | None,
+    activation: Activation,
+) -> None:
+    known = typing.get_args(Activation)
+    if activation not in known:
+        raise UsageError(f"activation = {activation}: give one of {', '.join(known)}")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise UsageError(f"x = {_form(x)}: give (T, D) floating point")
+    if w_out.ndim != 3:
+        raise UsageError(f"w_out = {_form(w_out)}: give (E, D, F)")
+    tokens, width = x.shape
+    experts, _, hidden = w_out.shape
+    inner = inner_size(activation, hidden)
+    if indices.ndim != 2 or indices.is_floating_point() or indices.is_complex():
+        raise UsageError(f"indices = {_form(indices)}: give (T, K) integers")
+    expected: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
+        ("indices", indices, (tokens, indices.shape[1])),
+        ("weights", weights, (tokens, indices.shape[1])),
+        ("w_in", w_in, (experts, inner, width)),
+        ("w_out", w_out, (experts, width, hidden)),
+        ("b_in", b_in, (experts, inner)),
+        ("b_out", b_out, (experts, width)),
+    ]
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise UsageError(f"{name} = {_form(tensor)}: give {shape}, for x {tuple(x.shape)} and {experts} experts")
+        if tensor is not None and tensor.device != x.device:
+            raise UsageError(f"{name} is on {tensor.device}: x is on {x.device}; put them on one device")
+    if indices.shape[1] < 1 or experts < 1:
+        raise UsageError(f"indices = {_form(indices)}: give at least one slot a token and one expert")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < -1 or high >= experts:
+            raise UsageError(f"indices = {low} … {high}: give 0 to {experts - 1}, or −1 for a dropped slot")
+
+
+def _form(t: torch.Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
