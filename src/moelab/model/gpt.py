@@ -1,0 +1,165 @@
+"""A GPT whose feed-forwards are dense or Mixtures of Experts.
+
+- GPT-2's arithmetic by default: pre-norm blocks, learned positions, LayerNorm, exact GELU, biases, tied head.
+- RoPE, RMSNorm, SwiGLU and ReLU² are settings of the same modules.
+- Precision is explicit: parameters are fp32, each is cast to the compute dtype where it is used; the router, the
+  softmaxes and the loss are fp32.
+- Every initial value is set in `initialize`, from the seed and the parameter's name alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moelab.config import ModelConfig
+from moelab.model.attention import Attention, KVCache, linear
+from moelab.model.feed_forward import FeedForward
+from moelab.model.moe import MoE
+from moelab.model.norm import Norm
+from moelab.model.router import Routed
+
+STANDARD_DEVIATION = 0.02  # GPT-2's
+
+
+@dataclass
+class Output:
+    """What a forward pass gives. The losses are apart, and none has a coefficient."""
+
+    logits: torch.Tensor | None
+    """(B, C, V) in the compute dtype; None when targets were given."""
+    loss: torch.Tensor | None
+    """Next-token cross-entropy in nats, fp32: () or (B, C); None without targets."""
+    balance_loss: torch.Tensor
+    """() fp32, summed over the MoE layers; 0 for a dense model."""
+    z_loss: torch.Tensor
+    """() fp32, summed over the MoE layers; 0 for a dense model."""
+    expert_load: torch.Tensor | None
+    """(MoE layers, E) fp32, each expert's share of the routed slots; None for a dense model."""
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = Norm(config), Attention(config, layer)
+        is_moe = config.moe is not None and layer in config.moe_layers
+        self.feed_forward_norm = Norm(config)
+        self.feed_forward: MoE | FeedForward = (
+            MoE(config, config.moe) if is_moe and config.moe is not None else FeedForward(config)
+        )
+
+    def forward(self, x: torch.Tensor, first: int, cache: KVCache | None) -> tuple[torch.Tensor, Routed | None]:
+        x = x + self.attention(self.attention_norm(x), first, cache)
+        y = self.feed_forward(self.feed_forward_norm(x))
+        routed = None
+        if isinstance(self.feed_forward, MoE):
+            y, routed = y
+        return x + y, routed
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (Radford et al. 2019).
+
+    Args:
+        config: its sizes and choices.
+        dtype: of the products and of the residual stream; parameters are fp32 (float64 if this is float64).
+        seed: of the initial values.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.token_embedding = nn.Parameter(torch.empty(config.vocabulary, config.width))
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Parameter(torch.empty(config.context, config.width)) if learned else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = Norm(config)
+        self.head = None if config.tied_head else nn.Parameter(torch.empty(config.vocabulary, config.width))
+        self.initialize(seed)
+        if dtype == torch.float64:
+            self.double()
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Gives every parameter its initial value, as GPT-2 does, on the CPU and so alike on every device.
+
+        Matrices, embeddings and the router are N(0, 0.02²); projections back into the residual stream (attention's,
+        the feed-forwards', the experts') N(0, 0.02²/(2·layers)); biases 0; norms 1. Each is drawn from the seed and
+        its own name, in which an expert's parameter is called as a dense feed-forward's is: models that share a
+        parameter share its initial value, and a single expert begins as the dense feed-forward does.
+        """
+        residual = STANDARD_DEVIATION / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf == "bias" or leaf.startswith("b_"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                draw = hashlib.sha256(f"{seed} {name.replace('.experts.', '.')}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+                deviation = residual if leaf == "w_out" else STANDARD_DEVIATION
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` texts."""
+        return KVCache(self.config, batch, self.dtype, self.token_embedding.device)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+        cache: KVCache | None = None,
+    ) -> Output:
+        """Logits of the next tokens, or, with targets, their loss.
+
+        Args:
+            ids: (B, C) int64 token ids, C at most the context, the cached tokens counted.
+            targets: (B, C) int64, for each id the token that follows it. They are not shifted here: whoever cuts
+                the text gives ids = text[:-1] and targets = text[1:].
+            reduction: "mean" over all B·C tokens, or "none".
+            cache: of the tokens before `ids`; it is extended.
+
+        Raises:
+            ValueError: more tokens than the context.
+        """
+        first = cache.length if cache is not None else 0
+        length = ids.shape[1]
+        if first + length > self.config.context:
+            raise ValueError(f"{first + length} tokens: the context is {self.config.context}")
+        x = F.embedding(ids, self.token_embedding)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding[first : first + length]
+        x = x.to(self.dtype)
+        routed: list[Routed] = []
+        for block in self.blocks:
+            x, decided = block(x, first, cache)
+            if decided is not None:
+                routed.append(decided)
+        if cache is not None:
+            cache.length += length
+        head = self.token_embedding if self.head is None else self.head
+        logits = linear(self.final_norm(x), head, None)
+        loss = None
+        if targets is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction=reduction)
+            loss = loss.view_as(ids) if reduction == "none" else loss
+        none = torch.zeros((), device=ids.device)
+        return Output(
+            logits=logits if targets is None else None,
+            loss=loss,
+            balance_loss=sum((r.balance_loss for r in routed), none),
+            z_loss=sum((r.z_loss for r in routed), none),
+            expert_load=torch.stack([r.load for r in routed]) if routed else None,
+        )
