@@ -18,7 +18,9 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 Activation = Literal["gelu", "gelu_tanh", "relu2", "silu", "swiglu"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -49,7 +51,7 @@ class MoEConfig:
     expert_hidden: int | None = None
     """Hidden size of one expert (F); 4 × width when not given."""
     moe_layers: str = "every"
-    """Which layers are MoE: "every", "every 2nd" (the 2nd, 4th, …), or a list such as "1,3,5" (the first layer is 0)."""
+    """Which layers are MoE: "every", "every 2nd" (the 2nd, 4th, …), or a list such as "1,3" (the first is 0)."""
     normalize_weights: bool = True
     """Divide the weights of a token's K experts by their sum."""
     balance_loss: float = 0.01
@@ -109,8 +111,8 @@ class ModelConfig:
     """Size of a token's vector (D)."""
     context: int = 256
     """Tokens that attention can look back over, the current one included."""
-    vocabulary: int = 50_304
-    """Rows of the embedding (V): the tokenizer's, padded to a multiple of 64. Set from the data when training."""
+    vocabulary: Annotated[int, tyro.conf.Suppress] = 50_304
+    """Rows of the embedding (V): the tokenizer's, padded to a multiple of 64. Training sets it from the data."""
     hidden: int | None = None
     """Hidden size of a dense feed-forward; 4 × width when not given."""
     activation: Activation = "gelu"
@@ -123,7 +125,7 @@ class ModelConfig:
     """Biases in the projections, feed-forwards (experts' too) and LayerNorms."""
     tied_head: bool = True
     """The output head is the token embedding."""
-    moe: MoEConfig | None = None
+    moe: Annotated[MoEConfig | None, tyro.conf.Suppress] = None
     """The Mixture-of-Experts layers; None for a dense model."""
 
     def __post_init__(self) -> None:
@@ -134,7 +136,10 @@ class ModelConfig:
             head = self.width // self.heads
             require(head % 2 == 0, "heads", self.heads, f"rope needs an even head size; width / heads is {head}")
         require(
-            self.hidden is None or self.hidden >= 1, "hidden", self.hidden, "give 1 or more, or leave it out for 4 × width"
+            self.hidden is None or self.hidden >= 1,
+            "hidden",
+            self.hidden,
+            "give 1 or more, or leave it out for 4 × width",
         )
         if self.moe is not None:
             layer_pattern(self.moe.moe_layers, self.layers)
@@ -200,7 +205,7 @@ class TrainingConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     precision: Precision = "auto"
-    """Arithmetic of the products; auto is bf16 on devices that have it, fp16 with loss scaling on older GPUs, else fp32."""
+    """Arithmetic of the products; auto is bf16 where there are units for it, fp16 on older GPUs, else fp32."""
     device: str = "auto"
     """cuda, cuda:N, mps or cpu; auto takes a GPU when there is one."""
     compile: Literal["auto", "on", "off"] = "auto"

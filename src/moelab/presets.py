@@ -78,7 +78,7 @@ def arm_model(arm: str, model: ModelConfig, moe: MoEConfig) -> ModelConfig:
         case "moe-matched":
             if dense.hidden_size % moe.top_k:
                 raise UsageError(
-                    f"top-k = {moe.top_k}: the arm moe-matched needs a top-k that divides the hidden size {dense.hidden_size}"
+                    f"top-k = {moe.top_k}: moe-matched needs a top-k that divides the hidden size {dense.hidden_size}"
                 )
             return replace(dense, moe=replace(moe, expert_hidden=dense.hidden_size // moe.top_k))
     raise UsageError(f"arm = {arm}: give one of {', '.join(ARMS)}")

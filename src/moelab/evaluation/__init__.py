@@ -1,0 +1,6 @@
+"""What a trained model is worth: losses over a whole split, and samples."""
+
+from moelab.evaluation.sample import sample
+from moelab.evaluation.score import Score, score
+
+__all__ = ["Score", "sample", "score"]

@@ -1,0 +1,439 @@
+"""Training one run, from its settings to its summary.
+
+A run's folder holds `config.json`, `metrics.jsonl` (one object a step at most), `checkpoints/`, `tokenizer/` and, when
+it is finished, `summary.json`. Everything in it can be rebuilt from `config.json` and the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from moelab.config import RunConfig, RunFailed, UsageError
+from moelab.device import (
+    compute_dtype,
+    environment,
+    peak_flops,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    synchronize,
+)  # fmt: skip
+from moelab.evaluation import Score, score
+from moelab.model import GPT
+from moelab.text import PreparedText, prepare
+from moelab.training.batches import Batches, chain_digest
+from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
+from moelab.training.meters import count_parameters, flops_per_token, model_flops_utilization
+from moelab.training.optimizer import learning_rate, make_optimizer
+
+# Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
+MAY_DIFFER = frozenset(
+    f"training.{name}" for name in ("device", "compile", "evaluation_interval", "log_interval", "checkpoint_interval")
+) | {"model.moe.backend", "data.source", "data.ranks"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run; its checkpoint is complete."""
+
+
+def train(
+    run: RunConfig, folder: Path, *, resume: bool = False, command: str = "", console: Console | None = None
+) -> dict[str, Any]:
+    """Trains `run` into `folder` and returns its summary.
+
+    With `resume` a run that is there goes on from its newest good checkpoint; a finished one is left as it is, and its
+    summary returned.
+
+    Raises:
+        UsageError: a setting that cannot work; a folder that cannot be written, or that holds a run and `resume` is
+            not set; a run of other settings.
+        RunFailed: the loss is not finite; no checkpoint is good.
+        Interrupted: Ctrl-C or SIGTERM, after the step at hand and its checkpoint.
+    """
+    console = console or Console(stderr=True)
+    device = resolve_device(run.training.device)
+    dtype = compute_dtype(run.training.precision, device)
+    _claim(folder, resume)
+    text = prepare(run.data)
+    run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
+    if resume and (folder / "config.json").exists():
+        difference = first_difference(stored_run(folder), run)
+        if difference:
+            raise UsageError(f"{difference}; give the run's own settings, or another --out")
+        if (folder / "summary.json").exists():
+            console.print(f"{folder}: this run is finished; nothing to do", soft_wrap=True)
+            return finished_summary(folder) or {}
+    trainer = Trainer(run, folder, text, device, dtype, console)
+    with _determinism(run.training.deterministic):
+        trainer.set_up(resume)
+        trainer.run()
+    return trainer.finish(command)
+
+
+def padded_vocabulary(vocabulary: int) -> int:
+    """Rows of the embedding: a multiple of 64, as matrix units like it (GPT-2's 50,257 become 50,304)."""
+    return -(-vocabulary // 64) * 64
+
+
+def stored_run(folder: Path) -> RunConfig:
+    """The settings of the run in `folder`. Raises `UsageError` if they cannot be read."""
+    try:
+        return RunConfig.from_json((folder / "config.json").read_text())
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"out = {folder}: its config.json cannot be read ({problem}); choose another --out") from None
+
+
+def finished_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of the run in `folder`, or None if it has not finished."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("finished") else None
+
+
+def first_difference(stored: RunConfig, wanted: RunConfig) -> str | None:
+    """The first setting in which two runs differ, in words; None if one can go on as the other.
+
+    The vocabulary is left out where `wanted` has not met its text yet.
+    """
+    left, right = _leaves(dataclasses.asdict(stored)), _leaves(dataclasses.asdict(wanted))
+    for name in left | right:
+        if name in MAY_DIFFER or left.get(name) == right.get(name):
+            continue
+        setting = name.rsplit(".", 1)[-1].replace("_", "-")
+        return f"{setting} = {right.get(name)}: the run that is there has {left.get(name)}"
+    return None
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    """Makes the folder, and refuses one that cannot be written or that holds something which would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise UsageError(f"out = {folder}: cannot be written ({problem.strerror}); choose another folder") from None
+    if not resume and ((folder / "config.json").exists() or has_checkpoint(folder)):
+        raise UsageError(f"out = {folder}: there is a run here already; add --resume to go on, or choose another --out")
+
+
+@contextlib.contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS documents this as its condition
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@dataclass
+class Window:
+    """What has happened since the last line of metrics, kept on the device until then."""
+
+    losses: list[torch.Tensor] = field(default_factory=list)
+    gradient_norms: list[torch.Tensor] = field(default_factory=list)
+    balance_losses: list[torch.Tensor] = field(default_factory=list)
+    z_losses: list[torch.Tensor] = field(default_factory=list)
+    expert_loads: list[torch.Tensor] = field(default_factory=list)
+
+
+class Trainer:
+    """One run under way."""
+
+    def __init__(
+        self,
+        run: RunConfig, folder: Path, text: PreparedText, device: torch.device, dtype: torch.dtype, console: Console,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.text = run, folder, text
+        self.device, self.dtype, self.console = device, dtype, console
+        training, model = run.training, run.model
+        self.batches = Batches(
+            text.splits["train"].tokens, model.context, training.batch_size, training.accumulation, training.seed
+        )
+        self.tokens_per_step = self.batches.sequences_per_step * model.context
+        self.flops_per_token = flops_per_token(model)
+        self.peak_flops = peak_flops(device, dtype)
+        self.progress = Progress()
+        self.window = Window()
+        self.score: Score | None = None
+        self.last_line: dict[str, Any] = {}
+        self.stop = threading.Event()
+
+    def set_up(self, resume: bool) -> None:
+        """Makes the model and its optimizer, from a checkpoint where there is one, and the folder's first files."""
+        reset_peak_memory(self.device)
+        torch.manual_seed(self.config.training.seed)
+        self.model = GPT(self.config.model, dtype=self.dtype, seed=self.config.training.seed).to(self.device)
+        self.optimizer = make_optimizer(self.model, self.config.training)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if resume:
+            progress, said = load_checkpoint(self.folder, self.model, self.optimizer)
+            for line in said:
+                self.console.print(line, soft_wrap=True)
+            if progress is not None:
+                self.progress = progress
+                self.console.print(f"going on from step {progress.step:,} of {self.config.training.steps:,}")
+                if progress.loss_scale is not None and self.scaler.is_enabled():
+                    self.scaler.load_state_dict(progress.loss_scale)
+        self.text.tokenizer.save(self.folder / "tokenizer")
+        write_aside(self.folder / "config.json", self.config.to_json())
+        self._keep_metrics_until(self.progress.step)
+        compiled = self.config.training.compile
+        use_compiler = compiled == "on" or (compiled == "auto" and self.device.type == "cuda")
+        self.forward: Callable[..., Any] = torch.compile(self.model) if use_compiler else self.model
+
+    def run(self) -> None:
+        """Trains to the last step."""
+        training = self.config.training
+        with self._progress_bar() as advance, self._signals():
+            self._warm_up()
+            clock = time.perf_counter()
+            while self.progress.step < training.steps:
+                self._step()
+                done = self.progress.step
+                last, stopping = done == training.steps, self.stop.is_set()
+                evaluate = last or done % training.evaluation_interval == 0
+                checkpoint = last or done % training.checkpoint_interval == 0 or stopping
+                if evaluate or checkpoint or done % training.log_interval == 0:
+                    line = self._read_window()
+                    synchronize(self.device)
+                    self.progress.seconds += time.perf_counter() - clock
+                    if evaluate:
+                        line |= self._evaluate()
+                    self._write_metrics(line)
+                    advance(line)
+                    if checkpoint:
+                        self._save()
+                    if stopping and not last:
+                        raise Interrupted(f"stopped at step {done:,} of {training.steps:,}; add --resume to go on")
+                    clock = time.perf_counter()
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Writes and returns the summary."""
+        if self.score is None:  # stopped between the last checkpoint and the summary
+            self.last_line = self._stored_metrics()[-1]
+            self.score = score(self.model, self.text.splits["valid"])
+        progress, model = self.progress, self.config.model
+        per_second = progress.tokens / progress.seconds if progress.seconds else None
+        summary = {
+            "finished": True,
+            "arm": self.config.arm,
+            "seed": self.config.training.seed,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "tokens_per_step": self.tokens_per_step,
+            "seconds": progress.seconds,
+            "val_loss": self.score.loss,
+            "val_bits_per_byte": self.score.bits_per_byte,
+            "val_word_perplexity": self.score.word_perplexity,
+            "train_loss": self.last_line["train_loss"],
+            "tokens_per_second": per_second,
+            "mfu": model_flops_utilization(per_second, self.flops_per_token, self.peak_flops) if per_second else None,
+            "peak_memory_bytes": peak_memory(self.device),
+            "parameters": dataclasses.asdict(count_parameters(model)),
+            "flops_per_token": self.flops_per_token,
+            "batches_sha256": progress.batches_digest,
+            "data": {
+                "name": self.text.name,
+                "fingerprint": self.text.fingerprint,
+                "tokenizer": self.text.tokenizer.name,
+                "train_tokens": self.text.splits["train"].scored,
+                "valid_tokens": self.text.splits["valid"].scored,
+            },
+            "environment": environment(self.device, self.dtype),
+            "command": command,
+        }
+        write_aside(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _step(self) -> None:
+        training, moe = self.config.training, self.config.model.moe
+        rate = learning_rate(self.progress.step, training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        step_loss = torch.zeros((), device=self.device)
+        windows = self.batches.windows(self.progress.step)
+        self.progress.batches_digest = chain_digest(self.progress.batches_digest, windows)
+        for ids, targets in self.batches.micro_batches(windows):
+            out = self._forward(ids, targets)
+            loss = out.loss
+            if moe is not None:
+                loss = loss + moe.balance_loss * out.balance_loss + moe.z_loss * out.z_loss
+                self.window.balance_losses.append(out.balance_loss.detach())
+                self.window.z_losses.append(out.z_loss.detach())
+                self.window.expert_loads.append(out.expert_load)
+            self.scaler.scale(loss / training.accumulation).backward()
+            step_loss += out.loss.detach() / training.accumulation
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window.losses.append(step_loss)
+        self.window.gradient_norms.append(norm.detach())
+        self.progress.step += 1
+        self.progress.tokens += self.tokens_per_step
+
+    def _forward(self, ids: torch.Tensor, targets: torch.Tensor) -> Any:
+        if self.device.type == "cuda":
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        return self.forward(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
+
+    def _warm_up(self) -> None:
+        """Compiles and picks kernels on the first batch, before the clock starts; changes nothing."""
+        if self.progress.step < self.config.training.steps:
+            ids, targets = next(self.batches.micro_batches(self.batches.windows(self.progress.step)))
+            out = self._forward(ids, targets)
+            (out.loss + out.balance_loss + out.z_loss).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            synchronize(self.device)
+
+    def _read_window(self) -> dict[str, Any]:
+        """A line of metrics from the window, which is emptied. Raises `RunFailed` on a loss that is not finite."""
+        window, self.window = self.window, Window()
+        losses, norms = torch.stack(window.losses).tolist(), torch.stack(window.gradient_norms).tolist()
+        first = self.progress.step - len(losses) + 1
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=first):
+            # Loss scaling meets gradients that are not finite on purpose, and skips their step.
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+                self._fail(step, "loss" if not math.isfinite(loss) else "gradient")
+        line: dict[str, Any] = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "train_loss": sum(losses) / len(losses),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norms[-1] if math.isfinite(norms[-1]) else None,
+        }
+        if window.expert_loads:
+            line["balance_loss"] = torch.stack(window.balance_losses).mean().item()
+            line["z_loss"] = torch.stack(window.z_losses).mean().item()
+            load = torch.stack(window.expert_loads).mean(0).tolist()
+            line["expert_load"] = [[round(share, 5) for share in layer] for layer in load]
+        return line
+
+    def _fail(self, step: int, what: str) -> None:
+        training = self.config.training
+        wider = "" if self.dtype == torch.float32 else ", or --precision fp32"
+        clip = "" if training.clip else ", or --clip 1"
+        kept = "the checkpoint before it is kept" if has_checkpoint(self.folder) else "there was no checkpoint yet"
+        raise RunFailed(
+            f"step {step}: the {what} is not finite; try a lower --learning-rate (now {training.learning_rate:g}), "
+            f"more --warmup-steps (now {training.warmup_steps}){clip}{wider}; {kept}"
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.score = score(self.model, self.text.splits["valid"])
+        line: dict[str, Any] = {"val_loss": self.score.loss, "val_bits_per_byte": self.score.bits_per_byte}
+        if self.score.word_perplexity is not None:
+            line["val_word_perplexity"] = self.score.word_perplexity
+        return line
+
+    def _save(self) -> None:
+        if self.scaler.is_enabled():
+            self.progress.loss_scale = self.scaler.state_dict()
+        save_checkpoint(self.folder, self.model, self.optimizer, self.progress)
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        line["seconds"] = round(self.progress.seconds, 6)
+        self.last_line = line
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _stored_metrics(self) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def _keep_metrics_until(self, step: int) -> None:
+        """Drops lines after the checkpoint that the run goes on from: those steps are made again."""
+        kept = [line for line in self._stored_metrics() if line["step"] <= step]
+        write_aside(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Lets the step at hand finish on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask_to_stop(number: int, _frame: object) -> None:
+            self.stop.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            for number in before:
+                signal.signal(number, ask_to_stop)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _progress_bar(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        training = self.config.training
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            name = f"{self.config.arm}, seed {training.seed}"
+            task = bar.add_task(name, total=training.steps, completed=self.progress.step, figures="")
+            begun = (self.progress.tokens, self.progress.seconds)
+
+            def advance(line: dict[str, Any]) -> None:
+                tokens, seconds = line["tokens"] - begun[0], line["seconds"] - begun[1]
+                rate = tokens / seconds if seconds else 0
+                figures = f"loss {line['train_loss']:.3f}  {rate:,.0f} tokens/s"
+                bar.update(task, completed=line["step"], figures=figures)
+                if "val_loss" in line:
+                    bar.console.print(
+                        f"{name}: step {line['step']:>6,}  train {line['train_loss']:.4f}"
+                        f"  valid {line['val_loss']:.4f} ({line['val_bits_per_byte']:.4f} bits/byte)"
+                        f"  {rate:,.0f} tokens/s",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+
+            yield advance
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it into it, so that it is never half there."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(text)
+    os.replace(aside, path)

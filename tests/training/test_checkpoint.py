@@ -1,0 +1,106 @@
+"""Checkpoints: complete or passed over, never half there, never pickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelab.config import ModelConfig, MoEConfig, RunFailed, TrainingConfig, UsageError
+from moelab.model import GPT
+from moelab.presets import arm_model
+from moelab.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from moelab.training.optimizer import make_optimizer
+
+MODEL = ModelConfig(layers=1, heads=2, width=16, context=8, vocabulary=64)
+
+
+def trained(arm: str = "dense", steps: int = 2) -> tuple[GPT, torch.optim.AdamW]:
+    model = GPT(arm_model(arm, MODEL, MoEConfig(2)))
+    optimizer = make_optimizer(model, TrainingConfig())
+    generator = torch.Generator().manual_seed(steps)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return model, optimizer
+
+
+def test_weights_moments_and_random_state_come_back(tmp_path: Path) -> None:
+    model, optimizer = trained("moe")
+    save_checkpoint(tmp_path, model, optimizer, Progress(step=2, tokens=64, seconds=1.5, batches_digest="ab"))
+    expected_draw = torch.rand(3)
+    torch.manual_seed(999)
+    fresh, fresh_optimizer = trained("moe", steps=0)
+    progress, said = load_checkpoint(tmp_path, fresh, fresh_optimizer)
+    assert (progress, said) == (Progress(2, 64, 1.5, "ab"), [])
+    assert torch.equal(torch.rand(3), expected_draw)
+    for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for moment, value in optimizer.state[a].items():
+            assert torch.equal(value, fresh_optimizer.state[b][moment]), (name, moment)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, *trained(), Progress(step=1))
+    assert {file.suffix for file in place.iterdir()} == {".safetensors", ".json"}
+
+
+def test_the_newest_and_its_predecessor_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, *trained(), Progress(step=step))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def damage(place: Path, how: str) -> None:
+    weights = place / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif how == "one bit":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(bytes(content))
+    elif how == "file missing":
+        (place / "optimizer.safetensors").unlink()
+    else:
+        (place / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("how", ["truncated", "one bit", "file missing", "state cut"])
+def test_a_corrupt_checkpoint_is_passed_over_for_its_predecessor_and_that_is_said(tmp_path: Path, how: str) -> None:
+    model, optimizer = trained(steps=1)
+    save_checkpoint(tmp_path, model, optimizer, Progress(step=1))
+    newest = save_checkpoint(tmp_path, *trained(steps=2), Progress(step=2))
+    damage(newest, how)
+    fresh, fresh_optimizer = trained(steps=0)
+    progress, said = load_checkpoint(tmp_path, fresh, fresh_optimizer)
+    assert progress is not None
+    assert progress.step == 1
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_without_a_good_checkpoint_the_run_fails_rather_than_begin_again(tmp_path: Path) -> None:
+    damage(save_checkpoint(tmp_path, *trained(), Progress(step=1)), "one bit")
+    with pytest.raises(RunFailed, match="No good checkpoint is left"):
+        load_checkpoint(tmp_path, *trained(steps=0))
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, *trained(), Progress(step=1))
+    place.rename(place.with_name(".writing-00000002"))
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (None, [])
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_parameter_that_differs(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, *trained("dense"), Progress(step=1))
+    with pytest.raises(UsageError, match="of another model"):
+        load_checkpoint(tmp_path, *trained("moe", steps=0))
+
+
+def test_a_checkpoint_names_the_step_it_was_taken_at(tmp_path: Path) -> None:
+    place = save_checkpoint(tmp_path, *trained(), Progress(step=7))
+    assert json.loads((place / "state.json").read_text())["progress"]["step"] == 7

@@ -1,0 +1,210 @@
+"""One run: same bits however it is cut, honest files, and a clear stop when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moelab.config import RunConfig, RunFailed, UsageError
+from moelab.training import load, train
+from moelab.training.loop import Interrupted, Trainer, first_difference, padded_vocabulary
+
+MakeRun = Callable[..., RunConfig]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    return {name: t.clone() for name, t in load_file(newest / "model.safetensors").items()}  # not a view of the file
+
+
+def optimizer_state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "optimizer.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends this process Ctrl-C's signal while a step is under way."""
+    take_step = Trainer._step
+
+    def step_and_signal(self: Trainer) -> None:
+        if self.progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        take_step(self)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_signal)
+
+
+@pytest.mark.parametrize("arm", ["dense", "moe"])
+@pytest.mark.parametrize("cut", [1, 5, 8])
+def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, cut: int
+) -> None:
+    run = tiny_run(arm, accumulation=2)
+    whole = train(run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, cut)
+        with pytest.raises(Interrupted, match=f"stopped at step {cut} of 12; add --resume to go on"):
+            train(run, tmp_path / "cut")
+    parts = train(run, tmp_path / "cut", resume=True)
+    for read in (weights, optimizer_state):
+        left, right = read(tmp_path / "whole"), read(tmp_path / "cut")
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert parts["batches_sha256"] == whole["batches_sha256"]
+    assert parts["val_loss"] == whole["val_loss"]
+    assert [m["val_loss"] for m in metrics(tmp_path / "cut") if "val_loss" in m] == [
+        m["val_loss"] for m in metrics(tmp_path / "whole") if "val_loss" in m
+    ]
+
+
+def test_resume_after_a_crash_makes_the_lost_steps_again(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run()
+    train(run, tmp_path / "run")
+    expected, lines = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "model.safetensors").write_bytes(b"cut short")
+    train(run, tmp_path / "run", resume=True)
+    assert all(torch.equal(expected[name], value) for name, value in weights(tmp_path / "run").items())
+    again = metrics(tmp_path / "run")
+    assert [m["step"] for m in again] == [m["step"] for m in lines]
+    assert [m["train_loss"] for m in again] == [m["train_loss"] for m in lines]
+
+
+def test_accumulation_gives_the_gradient_of_the_larger_batch(tiny_run: MakeRun, tmp_path: Path) -> None:
+    large = train(tiny_run(batch_size=4, accumulation=1), tmp_path / "large")
+    cut = train(tiny_run(batch_size=1, accumulation=4), tmp_path / "cut")
+    assert cut["batches_sha256"] == large["batches_sha256"]
+    assert cut["val_loss"] == pytest.approx(large["val_loss"], rel=1e-5)  # sums in another order
+
+
+def test_resume_without_a_checkpoint_starts_at_step_0(tiny_run: MakeRun, tmp_path: Path) -> None:
+    assert train(tiny_run(), tmp_path / "run", resume=True)["steps"] == 12
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+    tiny_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny_run(), tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
+    assert train(tiny_run(), tmp_path / "run", resume=True) == first
+    assert "finished" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in before} | {tmp_path / "run": 0} == before | {tmp_path / "run": 0}
+
+
+def test_a_run_that_is_there_is_not_overwritten(tiny_run: MakeRun, tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path / "run")
+    kept = (tmp_path / "run" / "summary.json").read_text()
+    with pytest.raises(UsageError, match="add --resume to go on, or choose another --out"):
+        train(tiny_run(), tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").read_text() == kept
+
+
+def test_a_run_of_other_settings_is_refused_by_the_setting_that_differs(tiny_run: MakeRun, tmp_path: Path) -> None:
+    train(tiny_run(), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"learning-rate = 0.004: the run that is there has 0.003"):
+        train(tiny_run(learning_rate=4e-3), tmp_path / "run", resume=True)
+
+
+def test_settings_that_change_no_result_may_differ_on_resume(tiny_run: MakeRun) -> None:
+    assert first_difference(tiny_run(), tiny_run(checkpoint_interval=7, log_interval=3)) is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tiny_run: MakeRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UsageError, match=r"out = .*: cannot be written"):
+        train(tiny_run(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("rate", [1e12])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_what_to_try(
+    tiny_run: MakeRun, tmp_path: Path, rate: float
+) -> None:
+    run = tiny_run(learning_rate=rate, warmup_steps=0, clip=0.0, steps=60)
+    with pytest.raises(RunFailed, match=r"step \d+: the (loss|gradient) is not finite; try a lower --learning-rate"):
+        train(run, tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_the_reported_loss_is_cross_entropy_alone(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run("moe")
+    loud = replace(run, model=replace(run.model, moe=replace(run.model.moe, balance_loss=50.0)))
+    train(loud, tmp_path / "run")
+    first = metrics(tmp_path / "run")[0]
+    assert first["train_loss"] < 1.1 * math.log(padded_vocabulary(257))  # 50 × the balance loss would add 100
+    assert 0.9 * 2 < first["balance_loss"] < 4  # apart, and without its coefficient: about 1 for each of two layers
+
+
+def test_metrics_and_summary_say_the_same_at_the_end(tiny_run: MakeRun, tmp_path: Path) -> None:
+    summary = train(tiny_run("moe"), tmp_path / "run", command="moelab train")
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["step"], last["tokens"], last["val_loss"]) == (12, summary["tokens"], summary["val_loss"])
+    assert summary["tokens"] == 12 * 4 * 32
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert summary["mfu"] is None  # no peak is known for a CPU
+    assert summary["command"] == "moelab train"
+
+
+def test_expert_load_is_a_share_for_each_expert_of_each_layer(tiny_run: MakeRun, tmp_path: Path) -> None:
+    train(tiny_run("moe"), tmp_path / "run")
+    for line in metrics(tmp_path / "run"):
+        assert [len(layer) for layer in line["expert_load"]] == [4, 4]
+        assert [sum(layer) for layer in line["expert_load"]] == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_load_gives_the_model_that_was_scored(tiny_run: MakeRun, tmp_path: Path) -> None:
+    from moelab.text import prepare
+
+    from moelab.evaluation import score
+
+    run = tiny_run("moe")
+    summary = train(run, tmp_path / "run")
+    found = score(load(tmp_path / "run", "cpu"), prepare(run.data).splits["valid"])
+    assert found.loss == summary["val_loss"]
+
+
+def test_both_arms_see_identical_token_ids(tiny_run: MakeRun, tmp_path: Path) -> None:
+    hashes = {train(tiny_run(arm), tmp_path / arm)["batches_sha256"] for arm in ("dense", "moe", "dense-wide")}
+    assert len(hashes) == 1
+    assert train(tiny_run("dense", seed=1), tmp_path / "other")["batches_sha256"] not in hashes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_deterministic_run_gives_the_same_bits_twice(tiny_run: MakeRun, tmp_path: Path, precision: str) -> None:
+    run = tiny_run("moe", deterministic=True, precision=precision)
+    train(run, tmp_path / "a")
+    train(run, tmp_path / "b")
+    left, right = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("arm", ["dense", "moe"])
+def test_every_precision_learns_on_a_gpu(tiny_run: MakeRun, tmp_path: Path, precision: str, arm: str) -> None:
+    run = tiny_run(arm, device="cuda", precision=precision, steps=150, evaluation_interval=150, warmup_steps=10)
+    assert train(run, tmp_path / "run")["val_loss"] < 2.0  # from ln 320 = 5.8
+
+
+@pytest.mark.gpu
+def test_fp16_resumes_with_its_loss_scale(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run("moe", device="cuda", precision="fp16", deterministic=True, compile="off")
+    whole = train(run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted):
+            train(run, tmp_path / "cut")
+    assert train(run, tmp_path / "cut", resume=True)["val_loss"] == whole["val_loss"]
