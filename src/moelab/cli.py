@@ -1,0 +1,390 @@
+"""The command `moelab`: one small function a command.
+
+Flags come from the dataclasses of `config` through tyro, with the preset's values as their defaults. Exit status 0, 1 =
+failed, 2 = bad usage, 130 = stopped by the user; an error is one line on the standard error stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from moelab.config import DataConfig, ModelConfig, MoEConfig, RunConfig, RunFailed, TrainingConfig, UsageError
+from moelab.presets import ARMS, PRESETS, arm_model, preset
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True)
+class TrainFlags:
+    """Train one model."""
+
+    preset: tyro.conf.Positional[str] = "smoke"
+    """Size to start from: smoke, 5m, 40m, 124m or 350m."""
+    arm: str = "dense"
+    """Which model: dense, moe, dense-wide (dense, with the MoE's active FLOPs) or moe-matched (MoE, with dense's)."""
+    out: Path | None = None
+    """Folder of the run; out-baseline for dense, out-moe for moe, out-ARM for others, when not given."""
+    resume: bool = False
+    """Go on with the run in that folder, from its newest checkpoint."""
+    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = DataConfig()
+    training: Annotated[TrainingConfig, tyro.conf.OmitArgPrefixes] = TrainingConfig()
+    model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = ModelConfig()
+    moe: Annotated[MoEConfig, tyro.conf.OmitArgPrefixes] = MoEConfig()
+
+
+@dataclass(frozen=True)
+class CompareFlags:
+    """Train every arm on the same tokens and report which won."""
+
+    preset: tyro.conf.Positional[str] = "smoke"
+    """Size to start from: smoke, 5m, 40m, 124m or 350m."""
+    arms: str = "dense,moe,dense-wide"
+    """Arms, separated by commas; the others are compared against the first. Also: moe-matched."""
+    seeds: int = 1
+    """Runs of each arm, with seeds --seed, --seed + 1, …; 3 or more give an interval worth reading."""
+    budgets: str = "tokens"
+    """What arms are given the same of: tokens, and, by runs of their own, flops and seconds (tokens,flops,seconds)."""
+    out: Path | None = None
+    """Folder of the comparison; runs/compare-PRESET when not given."""
+    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = DataConfig()
+    training: Annotated[TrainingConfig, tyro.conf.OmitArgPrefixes] = TrainingConfig()
+    model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = ModelConfig()
+    moe: Annotated[MoEConfig, tyro.conf.OmitArgPrefixes] = MoEConfig()
+
+
+@dataclass(frozen=True)
+class EvalFlags:
+    """Score a trained run on a whole split."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    data: str | None = None
+    """Corpus; the run's own when not given."""
+    source: Path | None = None
+    """Local files of a named corpus."""
+    glob: str = "**/*"
+    """Which files of a text:PATH folder are read."""
+    tokenizer: str | None = None
+    """The run's own tokenizer, which is the only one that its model can read; named for a check."""
+    split: Literal["train", "valid", "test"] = "valid"
+    """Which part of the corpus."""
+    stride: int | None = None
+    """Tokens between the starts of contexts; the whole context when not given, so that none overlap."""
+    batch_size: int | None = None
+    """Contexts computed at once; chosen from the sizes when not given."""
+    device: str = "auto"
+    """cuda, cuda:N, mps or cpu."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class SampleFlags:
+    """Write text with a trained run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    prompt: str = ""
+    """Text to go on from."""
+    tokens: int = 200
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token every time."""
+    top_k: int = 50
+    """Draw among this many likeliest tokens; 0 for all."""
+    seed: int = 0
+    """Seed of the draw."""
+    device: str = "auto"
+    """cuda, cuda:N, mps or cpu."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """Write the report of finished comparisons again."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of comparisons."""
+    out: Path | None = None
+    """The page to write; report.html in the folder when there is one, else in the current folder."""
+
+
+@dataclass(frozen=True)
+class PrepareFlags:
+    """Turn a corpus into token files, once; training does it by itself when it was not done."""
+
+    data: tyro.conf.Positional[str]
+    """stdlib, wikitext-2, wikitext-103 (and their -raw forms), or text:PATH."""
+    source: Path | None = None
+    """Local files of a named corpus, instead of the hub."""
+    glob: str = "**/*"
+    """Which files of a text:PATH folder are read."""
+    tokenizer: str | None = None
+    """gpt2, bpe:VOCAB or bytes; bpe:4096 for stdlib and text:, gpt2 for WikiText, when not given."""
+    ranks: Path | None = None
+    """Offline GPT-2 ranks: r50k_base.tiktoken, or a folder with encoder.json and vocab.bpe ($MOELAB_GPT2_RANKS)."""
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """(no flags)"""
+
+
+def train(arguments: list[str]) -> None:
+    """train one model"""
+    from moelab.training import train as train_run
+
+    chosen = _preset_of(arguments)
+    base = TrainFlags(preset=chosen, **_preset_settings(chosen))
+    flags = parse(TrainFlags, "train", arguments, base)
+    run = run_config(flags)
+    default = run_config(replace(base, arm=flags.arm, preset=flags.preset))
+    if run.model.moe is None and flags.arm == "dense" and flags.moe != base.moe:
+        name, value = next((n, v) for n, v in asdict(flags.moe).items() if v != asdict(base.moe)[n])
+        raise UsageError(f"{name.replace('_', '-')} = {value}: the arm dense has no experts; give --arm moe")
+    out = flags.out or Path({"dense": "out-baseline"}.get(flags.arm, f"out-{flags.arm}"))
+    if flags.resume and (out / "config.json").exists():
+        run = resumed_config(out, run, default)
+    summary = train_run(run, out, resume=flags.resume, command=_command("train", arguments))
+    print(f"{out}: validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.4f} bits per byte)")
+
+
+def compare(arguments: list[str]) -> None:
+    """train every arm on the same tokens and report which won"""
+    from moelab.compare import Comparison, run_comparison
+
+    chosen = _preset_of(arguments)
+    flags = parse(CompareFlags, "compare", arguments, CompareFlags(preset=chosen, **_preset_settings(chosen)))
+    comparison = Comparison(
+        preset=flags.preset,
+        arms=_words(flags.arms),
+        seeds=flags.seeds,
+        budgets=_words(flags.budgets),
+        model=flags.model,
+        moe=flags.moe,
+        data=flags.data,
+        training=flags.training,
+    )
+    out = flags.out or Path("runs") / f"compare-{flags.preset}"
+    print(run_comparison(comparison, out, command=_command("compare", arguments)))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """score a trained run on a whole split"""
+    from moelab.evaluation import score
+    from moelab.text import Tokenizer, prepare
+    from moelab.training.checkpoint import load, read_run
+
+    flags = parse(EvalFlags, "eval", arguments)
+    run, config = read_run(flags.run)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    if flags.tokenizer not in (None, tokenizer.name):
+        raise UsageError(f"tokenizer = {flags.tokenizer}: this run reads {tokenizer.name}; leave --tokenizer out")
+    own = DataConfig(data=flags.data, source=flags.source, glob=flags.glob) if flags.data else config.data
+    data = replace(own, source=flags.source or own.source)
+    text = prepare(data, splits=(flags.split,), tokenizer=tokenizer)
+    model = load(run, flags.device)
+    result = score(model, text.splits[flags.split], flags.split, stride=flags.stride, batch_size=flags.batch_size)
+    figures = result.as_json()
+    if flags.json:
+        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"{run} on {text.name}, {flags.split} split:")
+    for name, value in figures.items():
+        if name != "split" and value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            print(f"  {name.replace('_', ' '):<16}{shown:>16}")
+
+
+def sample(arguments: list[str]) -> None:
+    """write text with a trained run"""
+    from moelab.evaluation import sample as continuation
+    from moelab.text import Tokenizer
+    from moelab.training.checkpoint import load, read_run
+
+    flags = parse(SampleFlags, "sample", arguments)
+    run, _ = read_run(flags.run)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    written = continuation(
+        load(run, flags.device), tokenizer, flags.prompt,
+        tokens=flags.tokens, temperature=flags.temperature, top_k=flags.top_k, seed=flags.seed,
+    )  # fmt: skip
+    print(flags.prompt + tokenizer.decode(list(written)))
+
+
+def report(arguments: list[str]) -> None:
+    """write the report of finished comparisons again"""
+    from moelab.compare import write_report
+
+    flags = parse(ReportFlags, "report", arguments)
+    if not flags.folders:
+        raise UsageError("report: give the folder of a comparison")
+    print(write_report(flags.folders, flags.out))
+
+
+def data_list(arguments: list[str]) -> None:
+    """the corpora that --data knows"""
+    from moelab.text import CORPORA
+
+    parse(NoFlags, "data list", arguments)
+    for name, description in CORPORA.items():
+        print(f"{name:<18} {description}")
+
+
+def data_prepare(arguments: list[str]) -> None:
+    """turn a corpus into token files"""
+    from moelab.text import prepare
+
+    flags = parse(PrepareFlags, "data prepare", arguments)
+    text = prepare(DataConfig(**vars(flags)), splits=("train", "valid", "test"))
+    print(f"{text.name}, tokenizer {text.tokenizer.name}, fingerprint {text.fingerprint[:12]}: {text.folder}")
+    for name, split in text.splits.items():
+        print(f"  {name:<6}{split.scored:>14,} tokens {split.bytes:>15,} bytes {split.documents:>10,} documents")
+
+
+def info(arguments: list[str]) -> None:
+    """versions, devices, and each way to compute the experts: usable, or why not"""
+    from moelab.device import compute_dtype, environment, resolve_device
+    from moelab.experts import backends
+    from moelab.text import moelab_home
+
+    parse(NoFlags, "info", arguments)
+    device = resolve_device("auto")
+    for name, value in environment(device, compute_dtype("auto", device)).items():
+        print(f"{name.replace('_', ' '):<18} {'unknown' if value is None else value}")
+    print(f"{'prepared data':<18} {moelab_home()}")
+    for name, availability in backends().items():
+        print(f"{'backend ' + name:<18} {'usable' if availability.usable else 'not usable'}: {availability.reason}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "info": info,
+    "data list": data_list,
+    "data prepare": data_prepare,
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "compare": compare,
+    "report": report,
+}
+
+
+def run_config(flags: TrainFlags) -> RunConfig:
+    """The run that flags of `train` describe."""
+    model = arm_model(flags.arm, flags.model, flags.moe)
+    return RunConfig(flags.preset, flags.arm, model, flags.data, flags.training)
+
+
+def resumed_config(out: Path, given: RunConfig, default: RunConfig) -> RunConfig:
+    """Settings to go on with: those that the run in `out` has, wherever the command line says nothing.
+
+    A flag that is left at its default says nothing. One that says something else than the run has is kept, for
+    `training.train` to refuse.
+    """
+    from moelab.training.loop import stored_run
+
+    stored = stored_run(out)
+    merged = _merge(asdict(stored), asdict(given), asdict(default))
+    return RunConfig.from_json(json.dumps(merged, default=str))
+
+
+def _merge(stored: Any, given: Any, default: Any) -> Any:
+    if isinstance(stored, dict) and isinstance(given, dict) and isinstance(default, dict):
+        return {name: _merge(stored.get(name), given[name], default.get(name)) for name in given}
+    return stored if given == default else given
+
+
+def parse(kind: type[Parsed], command: str, arguments: Sequence[str], default: Parsed | None = None) -> Parsed:
+    """The flags of a command. tyro's framed messages become one line, a `UsageError`; `--help` prints and exits."""
+    errors = io.StringIO()
+    given = tyro.MISSING_NONPROP if default is None else default
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, prog=f"moelab {command}", args=list(arguments), default=given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{_one_line(errors.getvalue())}; see moelab {command} --help") from None
+
+
+def _one_line(framed: str) -> str:
+    """What tyro's frame says, without the frame, the title and the help text."""
+    rows = [row.strip("│ ") for row in framed.splitlines() if row.startswith("│")]
+    sections = " ".join(rows).split("─" * 10)
+    message = sections[0].strip().rstrip(".")
+    if " = " in message:  # one of our own, from a dataclass that checked itself
+        return message.split(": ", 1)[1]
+    suggestion = re.search(r"Perhaps you meant: +(--[a-z0-9-]+)", framed.replace("│", " ").replace("\n", " "))
+    return f"{message}; did you mean {suggestion.group(1)}?" if suggestion else message
+
+
+def _preset_of(arguments: Sequence[str]) -> str:
+    """The preset, which decides the defaults of the flags: the first argument, unless that is a flag."""
+    if arguments and not arguments[0].startswith("-"):
+        preset(arguments[0])
+        return arguments[0]
+    misplaced = next((word for word in arguments if word in PRESETS), None)
+    if misplaced and arguments:
+        raise UsageError(f"preset = {misplaced}: give it first, before the flags")
+    return "smoke"
+
+
+def _preset_settings(name: str) -> dict[str, Any]:
+    chosen = preset(name)
+    return {"model": chosen.model, "moe": chosen.moe, "data": chosen.data, "training": chosen.training}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _command(name: str, arguments: Sequence[str]) -> str:
+    return shlex.join(["moelab", name, *arguments])
+
+
+def usage() -> str:
+    commands = "\n".join(f"  moelab {name:<14} {function.__doc__}" for name, function in COMMANDS.items())
+    arms = "\n".join(f"  {name:<14} {text}" for name, text in ARMS.items())
+    return (
+        "moelab: does a Mixture-of-Experts GPT beat the dense GPT it replaces?\n\n"
+        f"{commands}\n\nEach takes --help. Presets: {', '.join(PRESETS)}. Arms:\n{arms}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    for length in (2, 1):
+        function = COMMANDS.get(" ".join(words[:length]))
+        if function is not None:
+            break
+    else:
+        near = [name for name in COMMANDS if name.startswith(words[0])] or list(COMMANDS)
+        print(f"moelab: command = {words[0]}: give one of {', '.join(near)}", file=sys.stderr)
+        return 2
+    try:
+        function(words[length:])
+    except UsageError as problem:
+        print(f"moelab: {problem}", file=sys.stderr)
+        return 2
+    except RunFailed as problem:
+        print(f"moelab: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"moelab: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
