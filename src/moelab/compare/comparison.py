@@ -1,0 +1,101 @@
+"""Training every run of a comparison that is not finished yet, and writing what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from moelab.compare.plan import Comparison, PlannedRun
+from moelab.compare.report import write_report
+from moelab.compare.results import build_results
+from moelab.compare.run import Run, read_run
+from moelab.compare.table import print_table
+from moelab.config import UsageError
+from moelab.training import train
+from moelab.training.loop import Interrupted, finished_summary, first_difference, stored_run, write_aside
+
+
+def run_comparison(comparison: Comparison, folder: Path, command: str = "", console: Console | None = None) -> Path:
+    """Trains what is missing of a comparison in `folder`, prints its table, and returns the path of its report.
+
+    A finished run of the same settings is taken as it is and an unfinished one goes on from its checkpoint, so that the
+    same command continues a comparison, and one with more arms, seeds or budgets takes over what it can. (The runs of
+    equal FLOPs and seconds are as long as the cheapest arm makes them; where that changes, they are refused.)
+
+    Raises:
+        UsageError: the folder cannot be written, is being written by another process, or holds a run of other
+            settings, which is then left as it was; whatever `training.train` raises.
+        RunFailed: the arms did not see the same batches or text; whatever `training.train` raises.
+        Interrupted: Ctrl-C or SIGTERM. What is finished is kept, and the run under way has its checkpoint.
+    """
+    console = console or Console()
+    lock = _claimed(folder)
+    try:
+        return _run(comparison, folder, command, console)
+    finally:
+        lock.release()
+
+
+def _claimed(folder: Path) -> FileLock:
+    """Makes the folder and holds it, against other processes, until the lock is released."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"out = {folder}: another process is comparing there; wait, or choose another --out") from None
+    except OSError as problem:
+        raise UsageError(f"out = {folder}: cannot be written ({problem.strerror}); choose another folder") from None
+    return lock
+
+
+def _run(comparison: Comparison, folder: Path, command: str, console: Console) -> Path:
+    runs = _finish(comparison.runs(), folder, command, console)
+    for budget in comparison.budgets[1:]:
+        of_tokens = [run for run in runs if run.budget == "tokens"]
+        costs = {
+            arm: math.fsum(run.spent(budget) for run in of_tokens if run.arm == arm) / comparison.seeds
+            for arm in comparison.arms
+        }
+        runs += _finish(comparison.budget_runs(budget, costs), folder, command, console)
+    results = build_results(comparison, runs, command)
+    write_aside(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+    print_table(results, console)
+    return write_report([folder])
+
+
+def _finish(planned: Sequence[PlannedRun], folder: Path, command: str, console: Console) -> list[Run]:
+    """Trains what is not finished of some runs; refuses all of them if one holds a run of other settings."""
+    for plan in planned:
+        _refuse_other_settings(plan, folder / plan.folder)
+    for number, plan in enumerate(planned, start=1):
+        place = folder / plan.folder
+        about = f"{plan.folder} ({number} of {len(planned)} runs at equal {plan.budget})"
+        if finished_summary(place):
+            console.print(f"{about}: finished before", highlight=False)
+            continue
+        console.print(about, highlight=False)
+        try:
+            train(plan.config, place, resume=True, command=command)
+        except Interrupted:
+            raise Interrupted(
+                f"stopped in {place}; what is finished is kept, and the same command goes on from here"
+            ) from None
+    return [read_run(folder, plan.folder, plan.budget) for plan in planned]
+
+
+def _refuse_other_settings(plan: PlannedRun, place: Path) -> None:
+    """Raises `UsageError` if there is a run of other settings in a planned run's folder."""
+    if not (place / "config.json").exists():
+        return
+    stored = stored_run(place)
+    # The vocabulary is no setting: training takes it from the text, and the fingerprint of the text is compared.
+    wanted = replace(plan.config, model=replace(plan.config.model, vocabulary=stored.model.vocabulary))
+    if difference := first_difference(stored, wanted):
+        raise UsageError(f"{difference} ({place}); choose another --out, or move that folder away")

@@ -1,0 +1,97 @@
+"""Running a comparison: what is trained, what is left alone, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moelab.compare import Comparison, run_comparison
+from moelab.config import UsageError
+
+Finish = Callable[..., Path]
+Make = Callable[..., Comparison]
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    files = [path for run in folder.glob("*-seed*") for path in run.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_finished_runs_are_left_untouched(small: Make, finish: Finish, tmp_path: Path) -> None:
+    comparison = small(seeds=2, budgets=("flops",))
+    finish(comparison, tmp_path)
+    before = contents(tmp_path)
+    assert run_comparison(comparison, tmp_path) == tmp_path / "report.html"
+    assert contents(tmp_path) == before
+
+
+def test_the_order_of_arms_and_fewer_seeds_reuse_the_same_runs(small: Make, finish: Finish, tmp_path: Path) -> None:
+    finish(small(seeds=3), tmp_path)
+    run_comparison(small(arms=("dense-wide", "moe")), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["arms"]) == ["dense-wide", "moe"]
+    assert {(e["arm"], e["against"], e["runs"]) for e in results["comparisons"]} == {("moe", "dense-wide", 1)}
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_a_run_of_other_settings_is_refused_by_the_setting_and_kept(
+    small: Make, finish: Finish, tmp_path: Path, finished: bool
+) -> None:
+    finish(small(), tmp_path)
+    if not finished:
+        (tmp_path / "moe-seed0" / "summary.json").unlink()
+    before = contents(tmp_path)
+    other = replace(small(), training=replace(small().training, learning_rate=1e-4))
+    with pytest.raises(UsageError, match=r"learning-rate = 0.0001: the run that is there has 0.0003 .*choose another"):
+        run_comparison(other, tmp_path)
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_comparison_is_refused_where_its_folder_cannot_be(small: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UsageError, match=r"out = .*file.*: cannot be written"):
+        run_comparison(small(), tmp_path / "file" / "folder")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_second_process_is_kept_out_of_a_folder_that_is_being_written(
+    small: Make, finish: Finish, tmp_path: Path
+) -> None:
+    finish(small(), tmp_path)
+    hold = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another process is comparing there"):
+            run_comparison(small(), tmp_path)
+    finally:
+        holder.communicate("")
+    assert run_comparison(small(), tmp_path).exists()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_table_fits_a_terminal_of_80_columns(small: Make, finish: Finish, tmp_path: Path, seeds: int) -> None:
+    comparison = small(arms=("dense", "moe", "dense-wide", "moe-matched"), seeds=seeds)
+    console = Console(width=80, record=True, file=(tmp_path / "out").open("w"))
+    run_comparison(comparison, finish(comparison, tmp_path), console=console)
+    shown = console.export_text()
+    assert "…" not in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
+    results = json.loads((tmp_path / "results.json").read_text())
+    for entry in results["comparisons"]:
+        (line,) = [line for line in shown.splitlines() if line.startswith(f" {entry['arm']} ")]
+        star = "*" if entry["interpolated"] else ""
+        if entry["against"] == "dense":
+            assert f"{entry['difference']:+.3f}{star}".replace("-", "−") in line
+    assert all(sentence in " ".join(shown.split()) for sentence in results["words"]["headline"])
