@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import typing
 from dataclasses import dataclass
 from types import ModuleType
@@ -95,7 +94,6 @@ def check_backend(name: str, device: torch.device) -> None:
             raise UsageError(f"backend = {name}: {found.reason}")
 
 
-@functools.cache
 def _module(name: str, device: torch.device) -> ModuleType:
     check_backend(name, device)
     if name == "auto":

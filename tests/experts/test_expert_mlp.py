@@ -1,0 +1,282 @@
+"""Every backend against one float64 definition, forward and backward, at the sizes where kernels go wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelab import backends, expert_mlp
+from moelab.config import Activation, UsageError
+from moelab.experts.activation import activate
+
+USABLE = [name for name, found in backends().items() if found.usable]
+ACTIVATIONS = get_args(Activation)
+NAMES = ("x", "weights", "w_in", "w_out", "b_in", "b_out")
+
+
+@dataclass
+class Problem:
+    """One call of expert_mlp: float64 inputs that round to the tested dtype without loss, and the routing."""
+
+    tensors: dict[str, torch.Tensor]
+    indices: torch.Tensor
+    activation: Activation
+    upstream: torch.Tensor
+
+    def run(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """The output, and the gradient of each input, under the upstream gradient."""
+        leaves = {n: t.detach().to(device, dtype).requires_grad_() for n, t in self.tensors.items()}
+        y = expert_mlp(**leaves, indices=self.indices.to(device), activation=self.activation, backend=backend)
+        assert y.dtype == dtype
+        y.backward(self.upstream.to(device, dtype))
+        return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t.grad is not None}
+
+    def definition(self) -> dict[str, torch.Tensor]:
+        """The formula of the docstring, token by token, in float64."""
+        leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
+        rows = []
+        for t in range(len(self.indices)):
+            row = leaves["x"][t] * 0
+            for k, e in enumerate(self.indices[t].tolist()):
+                if e >= 0:
+                    h = leaves["w_in"][e] @ leaves["x"][t]
+                    h = activate(h + leaves["b_in"][e] if "b_in" in leaves else h, self.activation)
+                    y = leaves["w_out"][e] @ h
+                    y = y + leaves["b_out"][e] if "b_out" in leaves else y
+                    row = row + leaves["weights"][t, k] * y
+            rows.append(row)
+        y = torch.stack(rows) if rows else leaves["x"] * 0
+        y.backward(self.upstream.double())
+        return {"y": y.detach()} | {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
+
+
+def problem(
+    tokens: int, width: int, hidden: int, experts: int, top_k: int, *, activation: Activation = "gelu",
+    bias: bool = True, dropped: float = 0.0, seed: int = 0, idle: tuple[int, ...] = (),
+) -> Problem:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).bfloat16().double()
+
+    inner = 2 * hidden if activation == "swiglu" else hidden
+    allowed = [e for e in range(experts) if e not in idle]
+    order = torch.rand(tokens, len(allowed), generator=g).argsort(-1)
+    indices = torch.tensor(allowed)[order[:, :top_k]].reshape(tokens, top_k)
+    indices[torch.rand(indices.shape, generator=g) < dropped] = -1
+    tensors = {
+        "x": draw(tokens, width),
+        "weights": torch.rand(tokens, top_k, generator=g).bfloat16().double(),
+        "w_in": draw(experts, inner, width) / 4,
+        "w_out": draw(experts, width, hidden) / 4,
+    }
+    if bias:
+        tensors |= {"b_in": draw(experts, inner), "b_out": draw(experts, width)}
+    return Problem(tensors, indices, activation, draw(tokens, width))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; the plain norm where the expected value is 0."""
+    scale = expected.norm().item() or 1.0
+    return (found.double().cpu() - expected).norm().item() / scale
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def assert_equal_to_definition(p: Problem, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    expected, found = p.definition(), p.run(backend, dtype, device)
+    for name in expected:
+        assert distance(found[name], expected[name]) <= TOLERANCE[dtype], name
+
+
+PROBLEMS = st.builds(
+    problem,
+    tokens=st.integers(0, 20),
+    width=st.integers(1, 19),
+    hidden=st.integers(1, 17),
+    experts=st.integers(4, 9),
+    top_k=st.integers(1, 4),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    dropped=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 10_000),
+)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@settings(max_examples=60)
+@given(p=PROBLEMS)
+def test_outputs_and_gradients_are_the_definitions_in_float64(backend: str, p: Problem) -> None:
+    assert_equal_to_definition(p, backend, torch.float64)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [(96, 100, 60, 8, 2), (40, 33, 50, 3, 3), (64, 16, 24, 64, 4), (1, 8, 8, 4, 1)], ids=str
+)
+def test_lower_precision_is_within_its_tolerance(
+    backend: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int]
+) -> None:
+    assert_equal_to_definition(problem(*sizes), backend, dtype)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_idle_expert_gets_a_gradient_of_exactly_0(backend: str, dtype: torch.dtype) -> None:
+    found = problem(30, 16, 16, 6, 2, idle=(0, 3, 5)).run(backend, dtype)
+    for name in ("w_in", "w_out", "b_in", "b_out"):
+        assert not found[name][[0, 3, 5]].any()
+        assert found[name][[1, 2, 4]].flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_all_tokens_may_go_to_one_expert(backend: str) -> None:
+    assert_equal_to_definition(problem(30, 12, 20, 5, 1, idle=(0, 1, 3, 4)), backend, torch.float32)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_no_tokens_and_all_slots_dropped_give_zeros_of_the_right_shape(backend: str, tokens: int) -> None:
+    found = problem(tokens, 8, 8, 4, 2, dropped=1.0).run(backend, torch.float32)
+    assert found["y"].shape == (tokens, 8)
+    assert not any(t.any() for t in found.values())
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_the_same_call_twice_gives_the_same_bits(backend: str) -> None:
+    p = problem(200, 24, 32, 8, 2)
+    first, second = p.run(backend, torch.bfloat16), p.run(backend, torch.bfloat16)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_non_contiguous_inputs_and_expanded_gradients_change_nothing(backend: str) -> None:
+    p = problem(30, 16, 24, 4, 2)
+    straight = {n: t.float().requires_grad_() for n, t in p.tensors.items()}
+    askew = {
+        n: (t.float().mT.contiguous().mT if t.ndim > 1 else t.float()).detach().requires_grad_()
+        for n, t in p.tensors.items()
+    }
+    for leaves in (straight, askew):
+        expert_mlp(**leaves, indices=p.indices, activation="gelu", backend=backend).sum().backward()
+    for name in NAMES:
+        torch.testing.assert_close(askew[name].grad, straight[name].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str) -> None:
+    p = problem(20, 8, 8, 4, 2)
+    p.tensors["x"][7] = float("nan")
+    found = p.run(backend, torch.float32)
+    for name in ("y", "x", "weights"):
+        assert found[name][7].isnan().any()
+        assert not torch.cat([found[name][:7], found[name][8:]]).isnan().any()
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_an_expert_chosen_twice_by_one_token_counts_twice(backend: str) -> None:
+    p = problem(6, 8, 8, 4, 2)
+    p.indices[:, 1] = p.indices[:, 0]
+    assert_equal_to_definition(p, backend, torch.float64)
+
+
+def test_gradcheck_of_the_yardstick() -> None:
+    p = problem(4, 3, 5, 3, 2, activation="swiglu", dropped=0.2)
+    leaves = [p.tensors[n].clone().requires_grad_() for n in NAMES]
+
+    def call(x, weights, w_in, w_out, b_in, b_out):  # type: ignore[no-untyped-def]
+        return expert_mlp(
+            x, weights, p.indices, w_in, w_out, b_in, b_out, activation="swiglu", backend="reference"
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_mm_traces_into_one_graph(dtype: torch.dtype) -> None:
+    p = problem(32, 16, 24, 4, 2)
+    eager = p.run("grouped_mm", dtype)
+    leaves = {n: t.to(dtype).requires_grad_() for n, t in p.tensors.items()}
+    traced = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
+    y = traced(**leaves, indices=p.indices, activation="gelu", backend="grouped_mm")
+    y.backward(p.upstream.to(dtype))
+    assert torch.equal(y, eager["y"])
+    assert all(torch.equal(leaves[n].grad, eager[n]) for n in leaves)
+
+
+def test_operators_fit_their_fake_kernels() -> None:
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    rows, w, d_y = torch.randn(6, 4), torch.randn(3, 4, 7), torch.randn(6, 7)
+    torch.library.opcheck(torch.ops.moelab.expert_product.default, (rows, w, torch.randn(3, 7), offsets))
+    torch.library.opcheck(torch.ops.moelab.expert_weight_gradient.default, (d_y, rows, offsets))
+
+
+REFUSED = {
+    "activation": ({"activation": "elu"}, "activation = elu: give one of gelu"),
+    "backend": ({"backend": "fast"}, "backend = fast: give one of auto"),
+    "index": ({"indices": torch.full((5, 2), 4)}, "indices = 4 … 4: give 0 to 3, or −1"),
+    "float indices": ({"indices": torch.zeros(5, 2)}, "give (T, K) integers"),
+    "w_in": ({"w_in": torch.zeros(4, 8, 9)}, "w_in = (4, 8, 9) float32: give (4, 8, 8)"),
+    "b_out": ({"b_out": torch.zeros(8)}, "b_out = (8,) float32: give (4, 8)"),
+    "x": ({"x": torch.zeros(5, 2, 4)}, "give (T, D) floating point"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_inputs_that_do_not_fit_are_refused_in_one_line(case: str) -> None:
+    p = problem(5, 8, 8, 4, 2)
+    change, line = REFUSED[case]
+    call = {n: t.float() for n, t in p.tensors.items()} | {"indices": p.indices} | change
+    with pytest.raises(UsageError) as refused:
+        expert_mlp(**call)
+    assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "sizes",
+    [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (1, 16, 16, 4, 1), (0, 16, 16, 4, 2), (90, 33, 50, 3, 3)],
+    ids=str,
+)
+def test_a_gpu_gives_the_definition(
+    backend: str, dtype: torch.dtype, dropped: float, sizes: tuple[int, int, int, int, int]
+) -> None:
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert_equal_to_definition(problem(*sizes, dropped=dropped), backend, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bits_twice_and_zeros_for_idle_experts() -> None:
+    p = problem(500, 64, 128, 8, 2, idle=(0, 4, 7))
+    first, second = (p.run("grouped_mm", torch.bfloat16, "cuda") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(first[name][[0, 4, 7]].any() for name in ("w_in", "w_out", "b_in", "b_out"))
+
+
+@pytest.mark.gpu
+def test_bf16_on_a_gpu_neither_breaks_the_graph_nor_waits_for_the_device() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("grouped_mm has its one kernel on Hopper and newer")
+    p = problem(256, 64, 128, 8, 2)
+    leaves = {n: t.to("cuda", torch.bfloat16).requires_grad_() for n, t in p.tensors.items()}
+    indices, upstream = p.indices.cuda(), p.upstream.to("cuda", torch.bfloat16)
+    traced = torch.compile(expert_mlp, fullgraph=True)
+    for call in (expert_mlp, traced):
+        call(**leaves, indices=indices, backend="grouped_mm").backward(upstream)  # warm: kernels load here
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(**leaves, indices=indices, backend="grouped_mm").backward(upstream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
