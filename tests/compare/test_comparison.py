@@ -40,6 +40,17 @@ def test_the_order_of_arms_and_fewer_seeds_reuse_the_same_runs(small: Make, fini
     assert {(e["arm"], e["against"], e["runs"]) for e in results["comparisons"]} == {("moe", "dense-wide", 1)}
 
 
+def test_equal_time_is_planned_from_an_arms_fastest_seed(small: Make, finish: Finish, tmp_path: Path) -> None:
+    comparison = small(arms=("dense", "moe"), seeds=2, budgets=("seconds",))
+    finish(comparison, tmp_path)
+    disturbed = tmp_path / "moe-seed1" / "summary.json"
+    summary = json.loads(disturbed.read_text())
+    disturbed.write_text(json.dumps(summary | {"seconds": 3 * summary["seconds"]}))
+    before = contents(tmp_path)
+    run_comparison(comparison, tmp_path)  # would refuse the runs that are there if it planned others
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
 def test_a_run_of_other_settings_is_refused_by_the_setting_and_kept(
     small: Make, finish: Finish, tmp_path: Path, finished: bool

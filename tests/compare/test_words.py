@@ -26,7 +26,7 @@ def results(*entries: dict[str, Any], seeds: int = 1) -> dict[str, Any]:
 
 
 def difference(mean: float | None, ci95: list[float] | None, runs: int, **more: Any) -> dict[str, Any]:
-    found = {"arm": "moe", "against": "dense", "budget": "tokens", "interpolated": False}
+    found = {"arm": "moe", "against": "dense", "budget": "tokens", "interpolated": False, "spent": [9.0, 9.0]}
     return found | {"difference": mean, "ci95": ci95, "runs": runs} | more
 
 
@@ -76,6 +76,12 @@ def test_what_was_read_off_a_curve_is_marked_and_explained() -> None:
 def test_what_was_not_measured_is_not_a_number() -> None:
     said = headline(results(difference(-0.1, None, 1), difference(None, None, 0, budget="seconds", interpolated=True)))
     assert "in equal training time there is no measurement" in said[0]
+
+
+def test_times_that_came_out_unequal_are_said_to_be() -> None:
+    entries = [difference(-0.1, None, 1, budget="seconds", spent=spent) for spent in ([20.0, 21.0], [20.0, 23.0])]
+    assert [any("did not run at one speed" in note for note in notes(results(e))) for e in entries] == [False, True]
+    assert ["came out as 20.0 s and 23.0 s" in headline(results(e))[0] for e in entries] == [False, True]
 
 
 def test_seeds_that_could_not_be_read_are_counted() -> None:

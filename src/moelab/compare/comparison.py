@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,9 +57,9 @@ def _claimed(folder: Path) -> FileLock:
 def _run(comparison: Comparison, folder: Path, command: str, console: Console) -> Path:
     runs = _finish(comparison.runs(), folder, command, console)
     for budget in comparison.budgets[1:]:
-        of_tokens = [run for run in runs if run.budget == "tokens"]
+        # The least over seeds: FLOPs do not vary, and what disturbs a clock only adds seconds.
         costs = {
-            arm: math.fsum(run.spent(budget) for run in of_tokens if run.arm == arm) / comparison.seeds
+            arm: min(run.spent(budget) for run in runs if run.arm == arm and run.budget == "tokens")
             for arm in comparison.arms
         }
         runs += _finish(comparison.budget_runs(budget, costs), folder, command, console)

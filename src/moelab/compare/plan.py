@@ -86,7 +86,7 @@ class Comparison:
 
         Args:
             budget: flops or seconds.
-            costs: by arm, what its run of the budget `tokens` spent of it, in any one unit.
+            costs: by arm, what a run of the budget `tokens` spends of it, in any one unit.
 
         The budget B is the smallest of the costs. An arm that costs more is trained for floor(B / its cost of a step)
         steps, with a warm-up shortened in proportion, so that its cosine ends there. An arm that costs B has its run

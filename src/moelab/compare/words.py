@@ -49,6 +49,11 @@ def notes(results: dict[str, Any]) -> list[str]:
             "A dash among the differences was not measured: the budget lies before the first evaluation, or the times "
             "are of different devices."
         )
+    if any(_unequal(entry) for entry in results["comparisons"]):
+        found.append(
+            "Some runs at equal time took times that differ by more than a tenth: the machine did not run at one speed, "
+            "and those differences are not at equal time."
+        )
     if len({entry["environment"].get("device") for entry in results["environments"]}) > 1:
         found.append("The runs were made on different devices; their speeds and times are not of one machine.")
     found.append(
@@ -164,7 +169,14 @@ def _aside(entry: dict[str, Any], results: dict[str, Any]) -> str:
             aside = f", mean {signed(entry['difference'])}{aside}"
     if entry["runs"] < seeds:
         aside += ", from one seed: no interval" if entry["runs"] == 1 else f", over {entry['runs']} of them"
+    if _unequal(entry):
+        aside += f", though their times came out as {' and '.join(duration(spent) for spent in entry['spent'])}"
     return aside + (" (read off)" if entry["interpolated"] else "")
+
+
+def _unequal(entry: dict[str, Any]) -> bool:
+    """Whether runs that were planned to take the same time did not."""
+    return entry["budget"] == "seconds" and bool(entry["spent"]) and max(entry["spent"]) > 1.1 * min(entry["spent"])
 
 
 def signed(value: float | None) -> str:
