@@ -51,7 +51,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     if any(_unequal(entry) for entry in results["comparisons"]):
         found.append(
-            "Some runs at equal time took times that differ by more than a tenth: the machine did not run at one speed, "
+            "Some runs at equal time differ in their times by more than a tenth: the machine did not run at one speed, "
             "and those differences are not at equal time."
         )
     if len({entry["environment"].get("device") for entry in results["environments"]}) > 1:
