@@ -51,8 +51,7 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
             if first and length > 1:  # neither is_causal's square nor a single row that sees everything
                 mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=x_BCD.device).tril(first)
-        causal = mask is None and length > 1
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first == 0)
         return linear(mixed.transpose(1, 2).reshape(batch, length, width), self.w_out, self.b_out)
 
 
