@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,12 +10,17 @@ from types import ModuleType
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts import grouped_mm, reference
+from moelab.experts import grouped_mm, reference, self_check
 from moelab.experts.activation import inner_size
 
 # A backend is a module with `expert_mlp`, and `unusable` that says why it cannot be used on a device. The order is that
-# of `auto`: grouped_mm is the faster everywhere it was measured. Forward and backward of one layer, T = 2,048, D = 128,
-# F = 512, E = 8, K = 2, two threads of an EPYC, PyTorch 2.13: see docs/experts.md.
+# of `auto`. Forward and backward of one layer, D = 128, F = 512, K = 2, biases; CPU milliseconds on one thread of an
+# EPYC with AVX512-BF16, PyTorch 2.13:
+#                         T = 2,048, E = 8    T = 8,192, E = 8    T = 2,048, E = 64
+#     grouped_mm  fp32          49                 226                   61
+#     reference   fp32          49                 208                  467
+#     grouped_mm  bf16          18                  64                   36
+#     reference   bf16          21                  72                  170
 BACKENDS: dict[str, ModuleType] = {"grouped_mm": grouped_mm, "reference": reference}
 
 
@@ -65,7 +71,7 @@ def expert_mlp(
             GPU that would wait for the device), an unknown activation, an unknown or unusable backend.
     """
     _check(x, weights, indices, w_in, w_out, b_in, b_out, activation)
-    module = _module(backend, x.device)
+    module = BACKENDS[_chosen(backend, x.device)]
     wide = torch.promote_types(x.dtype, torch.float32)
     cast = [None if p is None else p.to(x.dtype) for p in (w_in, w_out, b_in, b_out)]
     y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, *cast, activation)
@@ -78,27 +84,39 @@ def backends() -> dict[str, Availability]:
     return {name: availability(name, device) for name in BACKENDS}
 
 
+@functools.cache
 def availability(name: str, device: torch.device) -> Availability:
-    """Whether the backend `name` can be used on a device. Raises `UsageError` on an unknown name."""
+    """Whether the backend `name` can be used on a device and gives right answers there.
+
+    The first call for a device tries the backend on it. Raises `UsageError` on an unknown name.
+    """
     if name not in BACKENDS:
         raise UsageError(f"backend = {name}: give one of auto, {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].unusable(device)
+    module = BACKENDS[name]
+    reason = module.unusable(device)
+    if reason is None:
+        wrong = self_check.failure(module, device)
+        reason = wrong and f"{wrong} on {device.type} with PyTorch {torch.__version__}; use another backend or version"
     return Availability(reason is None, reason or f"on {device.type}")
 
 
 def check_backend(name: str, device: torch.device) -> None:
-    """Raises `UsageError` if `name` is not "auto" and not usable on a device."""
+    """Raises `UsageError` if `name` is not "auto" and not usable on a device.
+
+    Call it before `torch.compile`, whose tracing would hide the error in one of its own.
+    """
     if name != "auto":
         found = availability(name, device)
         if not found.usable:
             raise UsageError(f"backend = {name}: {found.reason}")
 
 
-def _module(name: str, device: torch.device) -> ModuleType:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a backend is tried outside the graph
+def _chosen(name: str, device: torch.device) -> str:
     check_backend(name, device)
     if name == "auto":
-        name = next(name for name in BACKENDS if availability(name, device).usable)
-    return BACKENDS[name]
+        return next(known for known in BACKENDS if availability(known, device).usable)
+    return name
 
 
 def _check(

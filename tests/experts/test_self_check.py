@@ -1,0 +1,66 @@
+"""A backend that gives wrong answers, or none, is found out before anything is built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+
+from moelab.config import UsageError
+from moelab.experts import check_backend, expert_mlp, mlp, reference, self_check
+
+CPU = torch.device("cpu")
+
+
+def changed(change: Callable[[torch.Tensor], torch.Tensor]) -> ModuleType:
+    """The reference with something done to its output."""
+    made = ModuleType("changed")
+    made.unusable = lambda device: None  # type: ignore[attr-defined]
+    made.expert_mlp = lambda *inputs: change(reference.expert_mlp(*inputs))  # type: ignore[attr-defined]
+    return made
+
+
+def refuse(y: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel image is available\nand a second line")
+
+
+WRONG: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "output": (lambda y: y * 1.1, "a trial call in float32 gave a wrong output, 0.1 off"),
+    "NaN": (lambda y: torch.full_like(y, torch.nan) + y, "gave a wrong output, nan off"),
+    "gradient": (lambda y: y.detach() + 0.5 * (y - y.detach()), "gave a wrong gradient of x, 0.5 off"),
+    "bf16 only": (lambda y: y if y.dtype == torch.float32 else -y, "a trial call in bfloat16 gave a wrong output"),
+    "failing": (refuse, "a trial call in float32 failed (no kernel image is available)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_backend_is_said_in_one_line(case: str) -> None:
+    change, line = WRONG[case]
+    said = self_check.failure(changed(change), CPU)
+    assert said is not None
+    assert line in said
+    assert "\n" not in said
+
+
+def test_a_backend_that_is_right_passes() -> None:
+    assert self_check.failure(changed(lambda y: y.clone()), CPU) is None
+
+
+def test_auto_passes_over_a_backend_that_is_wrong_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = changed(lambda y: 2 * y)
+    monkeypatch.setattr(mlp, "BACKENDS", {"broken": broken, **mlp.BACKENDS})
+    with pytest.raises(UsageError, match="backend = broken: a trial call in float32 gave a wrong output"):
+        check_backend("broken", CPU)
+    x, w = torch.ones(3, 4), torch.ones(1, 4, 4)
+    y = expert_mlp(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), w, w, activation="relu2")
+    assert torch.equal(y, torch.full((3, 4), 64.0))  # (1·4)² times 4, which `broken` doubles
+
+
+def test_trying_a_backend_leaves_the_random_state_and_the_gradient_mode_alone() -> None:
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        assert self_check.failure(reference, CPU) is None
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
