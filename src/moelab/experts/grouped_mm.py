@@ -4,9 +4,10 @@
     x[token of row]  ──W_in, b_in──▶  activation  ──W_out, b_out──▶  row outputs
     y[t] = Σ_k weight[t, k] · output[row of slot (t, k)], in slot order, in fp32
 
-In bf16 on Hopper and newer the products are `torch.nn.functional.grouped_mm`: one kernel for all experts, no host
-synchronisation, and it traces into a full graph. Everywhere else (fp16, fp32, CPUs) they are an operator of our own
-that reads the counts and runs one product an expert: PyTorch's own fallback does the same, but does not trace in fp32.
+In bf16 on Hopper and data-centre Blackwell the products are `torch.nn.functional.grouped_mm`: one kernel for all
+experts, no host synchronisation, and it traces into a full graph. Everywhere else (fp16, fp32, other GPUs, CPUs) they
+are an operator of our own that reads the counts and runs one product an expert: PyTorch's own fallback does the same,
+but does not trace in fp32.
 
 No float atomics: the sort counts integers, each gather's backward is a gather through the inverse permutation, and sums
 run in slot order. The same call twice gives the same bits.
@@ -78,6 +79,7 @@ def expert_mlp(
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights of the combine's."""
     routing = sort_slots(indices_TK, w_in.shape[0])
+    w_in, w_out = w_in.contiguous(), w_out.contiguous()  # grouped_mm takes no other strides
     rows_ND = _Gather.apply(x_TD, indices_TK.shape[1], *routing)
     h = _ExpertLinear.apply(rows_ND, w_in, b_in, *routing)
     y_ND = _ExpertLinear.apply(activate(h, activation), w_out, b_out, *routing)
@@ -148,7 +150,7 @@ class _ExpertLinear(torch.autograd.Function):
         ctx.has_bias = b is not None
         ctx.save_for_backward(rows, w, *routing)
         r = Routing(*routing)
-        if not _one_kernel(rows):
+        if not _one_kernel(rows, w):
             y: torch.Tensor = torch.ops.moelab.expert_product(rows, w.mT, b, r.offsets)
             return y
         y = _grouped(rows, w.mT, r.offsets)
@@ -161,7 +163,7 @@ class _ExpertLinear(torch.autograd.Function):
         rows, w, *routing = ctx.saved_tensors
         r = Routing(*routing)
         d_y = gradients[0].contiguous()
-        if not _one_kernel(rows):
+        if not _one_kernel(rows, w):
             d_rows = torch.ops.moelab.expert_product(d_y, w, None, r.offsets)
             d_w, d_b = torch.ops.moelab.expert_weight_gradient(d_y, rows, r.offsets)
             return d_rows, d_w, d_b if ctx.has_bias else None, *NONE_FOR_ROUTING
@@ -179,9 +181,14 @@ class _ExpertLinear(torch.autograd.Function):
 _LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a multiple of
 
 
-def _one_kernel(rows: torch.Tensor) -> bool:
-    """Whether grouped_mm has a kernel that takes all experts at once, without the host."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+def _one_kernel(rows: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether grouped_mm has a kernel that takes all experts at once, without the host.
+
+    PyTorch builds it for compute capabilities 9.x and 10.x, bf16, and fewer than 1,024 groups.
+    """
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or w.shape[0] >= 1024:
+        return False
+    return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 
 def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

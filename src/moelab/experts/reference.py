@@ -28,11 +28,12 @@ def expert_mlp(
     activation: Activation,
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights of the combine's."""
-    tokens, width = x_TD.shape
-    outputs_TKD = x_TD.new_zeros(tokens, indices_TK.shape[1], width)
+    # Each (t, k) is read by one expert, so that backward adds nothing up out of order.
+    slots_TKD = x_TD[:, None].expand(-1, indices_TK.shape[1], -1)
+    outputs_TKD = torch.zeros_like(slots_TKD)
     for e in range(w_in.shape[0]):
         token, slot = (indices_TK == e).nonzero(as_tuple=True)
-        h = F.linear(x_TD[token], w_in[e], None if b_in is None else b_in[e])
+        h = F.linear(slots_TKD[token, slot], w_in[e], None if b_in is None else b_in[e])
         y = F.linear(activate(h, activation), w_out[e], None if b_out is None else b_out[e])
         outputs_TKD = outputs_TKD.index_put((token, slot), y)
     return combine(outputs_TKD, weights_TK, indices_TK).to(x_TD.dtype)
