@@ -36,7 +36,7 @@ PRESETS: dict[str, Preset] = {
             learning_rate=2e-3,
             min_learning_rate=2e-4,
             warmup_steps=30,
-            evaluation_interval=50,
+            evaluation_interval=60,
             checkpoint_interval=100,
         ),
     ),

@@ -35,6 +35,7 @@ from moelab.device import (
     synchronize,
 )  # fmt: skip
 from moelab.evaluation import Score, score
+from moelab.experts import check_backend
 from moelab.model import GPT
 from moelab.text import PreparedText, prepare
 from moelab.training.batches import Batches, chain_digest
@@ -69,6 +70,8 @@ def train(
     console = console or Console(stderr=True)
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
+    if run.model.moe is not None:
+        check_backend(run.model.moe.backend, device)
     _claim(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
@@ -109,10 +112,7 @@ def finished_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def first_difference(stored: RunConfig, wanted: RunConfig) -> str | None:
-    """The first setting in which two runs differ, in words; None if one can go on as the other.
-
-    The vocabulary is left out where `wanted` has not met its text yet.
-    """
+    """The first setting in which two runs differ, in words; None if one can go on as the other."""
     left, right = _leaves(dataclasses.asdict(stored)), _leaves(dataclasses.asdict(wanted))
     for name in left | right:
         if name in MAY_DIFFER or left.get(name) == right.get(name):
