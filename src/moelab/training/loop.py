@@ -28,12 +28,13 @@ from moelab.config import RunConfig, RunFailed, UsageError
 from moelab.device import (
     compute_dtype,
     environment,
+    keep_freed_memory,
     peak_flops,
     peak_memory,
     reset_peak_memory,
     resolve_device,
     synchronize,
-)  # fmt: skip
+)
 from moelab.evaluation import Score, score
 from moelab.experts import check_backend
 from moelab.model import GPT
@@ -192,6 +193,8 @@ class Trainer:
     def set_up(self, resume: bool) -> None:
         """Makes the model and its optimizer, from a checkpoint where there is one, and the folder's first files."""
         reset_peak_memory(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(self.config.training.seed)
         self.model = GPT(self.config.model, dtype=self.dtype, seed=self.config.training.seed).to(self.device)
         self.optimizer = make_optimizer(self.model, self.config.training)
@@ -210,6 +213,8 @@ class Trainer:
         self._keep_metrics_until(self.progress.step)
         compiled = self.config.training.compile
         use_compiler = compiled == "on" or (compiled == "auto" and self.device.type == "cuda")
+        if use_compiler:
+            torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
         self.forward: Callable[..., Any] = torch.compile(self.model) if use_compiler else self.model
 
     def run(self) -> None:
