@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moelab.config import DataConfig, UsageError
 from moelab.text import PreparedText, prepare
+from moelab.text.prepare import _Counts, _sample
 from moelab.text.tokenizer import bytes_tokenizer
 
 
@@ -121,7 +122,7 @@ def test_a_damaged_token_file_is_noticed_and_made_again(
 def test_a_half_written_preparation_is_never_used(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = corpus(tmp_path / "x.txt", TEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["moelab.text.prepare"], "_encoded", interrupted)
+        patch.setattr(sys.modules["moelab.text.prepare"], "encoded", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(data)
     assert not files(home)
@@ -169,14 +170,116 @@ def test_ids_are_as_small_as_the_vocabulary_allows(tmp_path: Path) -> None:
 
 def test_a_home_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"MOELAB_HOME = .*: cannot be written"):
+    with pytest.raises(UsageError, match=r"MOELAB_HOME = .*: cannot be written \(.+\); set another"):
         prepare(corpus(tmp_path / "x.txt", TEXTS), home=tmp_path / "file" / "home")
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_behind(tmp_path: Path, home: Path) -> None:
+    code = (
+        "import resource, signal\nfrom moelab.config import DataConfig, UsageError\nfrom moelab.text import prepare\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        f"try: prepare(DataConfig(data={corpus(tmp_path / 'x.txt', TEXTS * 20).data!r}, tokenizer='bytes'))\n"
+        "except UsageError as problem: print(problem)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == f"MOELAB_HOME = {home}: cannot be written (File too large); set another\n"
+    assert not files(home)
+
+
+def test_what_is_prepared_can_be_used_where_nothing_can_be_written(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    data = replace(corpus(tmp_path / "x.txt", TEXTS), tokenizer="bpe:300")
+    before = prepare(data).fingerprint
+    for lock in home.rglob("*.lock"):
+        lock.unlink()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr(os, "open", refused)
+    assert prepare(data).fingerprint == before
+
+
+def refused(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_damaged_tokenizer_is_said_and_trained_again(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    data = replace(corpus(tmp_path / "x.txt", TEXTS), tokenizer="bpe:300")
+    before = prepare(data).fingerprint
+    (path,) = home.rglob("ranks.tiktoken")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert prepare(data).fingerprint == before
+    assert "training it again" in capsys.readouterr().err
+
+
+def test_a_vocabulary_the_text_has_no_merges_for_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import replace
+
+    text = prepare(replace(corpus(tmp_path / "x.txt", TEXTS), tokenizer="bpe:9000"))
+    assert f"no more than {text.tokenizer.vocabulary} tokens" in capsys.readouterr().err
+
+
+def test_the_encoding_is_trained_on_the_train_split_alone(tmp_path: Path) -> None:
+    """A word that only held-out documents have is no token."""
+    from dataclasses import replace
+
+    plain = prepare(corpus(tmp_path / "x.txt", TEXTS), splits=("valid",)).splits["valid"].tokens.tolist()
+    held_out = {text.decode().strip() for text in bytes_of(plain)}
+    texts = [f"{text}\n" + "".join(f"xylophone {i}\n" for i in range(40)) * (text in held_out) for text in TEXTS]
+    data = replace(corpus(tmp_path / "x.txt", texts), tokenizer="bpe:500")
+    text = prepare(data, splits=("train", "valid", "test"))
+    spelled = {name: text.tokenizer.decode(split.tokens) for name, split in text.splits.items()}
+    assert ("xylophone" in spelled["train"]) == (" xylophone" in map(bytes.decode, words_of(text)))
+
+
+def words_of(text: PreparedText) -> list[bytes]:
+    return [token for token in text.tokenizer.ranks if token.isascii()]
+
+
+@pytest.mark.parametrize("count", [10, 1000, 5000])
+def test_the_sample_of_a_long_text_is_bounded_and_spread_evenly(count: int) -> None:
+    limit = 1 << 20
+    pieces = [f"{i:06}" + "é" * 600 for i in range(count)]
+    kept = _sample(iter([p for piece in pieces for p in (piece, None)]), limit)
+    assert min(limit // 2, count * 1206) <= sum(len(p.encode()) for p in kept) <= limit
+    numbers = [int(p[:6]) for p in kept]
+    assert len({b - a for a, b in zip(numbers, numbers[1:], strict=False)}) == 1
+
+
+def test_no_progress_is_shown_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare(corpus(tmp_path / "x.txt", TEXTS))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_shown_on_a_terminal_while_preparing_and_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    data = corpus(tmp_path / "x.txt", TEXTS)
+    prepare(data)
+    assert "preparing text:" in capsys.readouterr().err
+    prepare(data)
+    assert capsys.readouterr().err == ""
+
+
+def test_words_are_counted_across_the_pieces_they_come_in() -> None:
+    text = "one two\n  three \n\nfour"
+    for size in range(1, len(text)):
+        counts = _Counts()
+        for start in range(0, len(text), size):
+            counts.add(text[start : start + size], 0)
+        assert counts.words == 4 + 3
 
 
 def test_a_source_without_the_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wiki.test.tokens").write_text(" \n = Title = \n \n Text . \n")
     data = DataConfig(data="wikitext-2", source=tmp_path, tokenizer="bytes")
-    with pytest.raises(UsageError, match="has no train split of wikitext-2"):
+    with pytest.raises(UsageError, match="has no train split of wikitext-2, only test"):
         prepare(data)
     assert prepare(data, splits=("test",)).splits["test"].words == 5 + 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelab.config import UsageError
-from moelab.text.prepare import CHUNK, _batches
 from moelab.text.tokenizer import Tokenizer, bytes_tokenizer, check_name, gpt2_tokenizer, train_bpe
 
 TEXT = [f"def function_{i % 7}(argument):\n    return argument + {i}  # naïve\n" for i in range(300)]
@@ -34,6 +34,16 @@ def test_a_text_that_spells_end_of_text_is_ordinary_text(name: str) -> None:
     ids = tokenizer.encode("a<|endoftext|>b")
     assert tokenizer.end_of_text not in ids
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_half_of_a_surrogate_pair_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(UsageError, match="text: character 2 is half of a surrogate pair"):
+        TOKENIZERS[name].encode("ab\udcff")
+
+
+def test_half_a_character_is_decoded_as_the_replacement_character() -> None:
+    assert TOKENIZERS["bytes"].decode([104, 0xC3]) == "h\ufffd"
 
 
 def test_a_trained_encoding_has_the_size_it_was_asked_for_and_compresses() -> None:
@@ -66,41 +76,33 @@ def test_a_saved_tokenizer_comes_back(name: str, tmp_path: Path) -> None:
     assert np.array_equal(loaded.encode("def x"), TOKENIZERS[name].encode("def x"))
 
 
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["line gone", "line twice", "half a line", "no facts", "other facts", "gone"])
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path: Path, how: str) -> None:
     TOKENIZERS["bpe:400"].save(tmp_path)
-    ranks = (tmp_path / "ranks.tiktoken").read_text().splitlines()
-    (tmp_path / "ranks.tiktoken").write_text("\n".join(ranks[:-1]))
-    with pytest.raises(UsageError, match="fails its checksum"):
+    ranks, facts = tmp_path / "ranks.tiktoken", tmp_path / "tokenizer.json"
+    lines = ranks.read_text().splitlines(keepends=True)
+    match how:
+        case "line gone":
+            ranks.write_text("".join(lines[:-1]))
+        case "line twice":
+            ranks.write_text("".join([*lines[:-1], lines[5].split()[0] + " 398\n"]))
+        case "half a line":
+            ranks.write_text("".join(lines)[:-5])
+        case "no facts":
+            facts.write_text("{}")
+        case "other facts":
+            facts.write_text("[]")
+        case "gone":
+            ranks.unlink()
+    with pytest.raises(UsageError, match="tokenizer = ") as refused:
         Tokenizer.load(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["words", "bpe", "bpe:", "bpe:x", "bpe:257", "bpe:-5", "gpt3", ""])
 def test_an_unknown_tokenizer_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"tokenizer = {name}: give"):
         check_name(name)
-
-
-@given(
-    st.lists(
-        st.sampled_from(["word", " ", "\n", "  ", "\n\n", "'s", "é", "…", "1", ".", "\u3000", "\x1f"]), max_size=60
-    ),
-    st.integers(1, 12),
-)
-def test_cutting_a_text_into_chunks_changes_no_token(parts: list[str], chunk: int) -> None:
-    text, tokenizer = "".join(parts), TOKENIZERS["bpe:400"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["moelab.text.prepare"], "CHUNK", chunk)
-        pieces = [text[i : i + 5] for i in range(0, len(text), 5)]
-        cut = [p for batch in _batches(iter([*pieces, None])) for p in batch if p is not None]
-    assert "".join(cut) == text
-    together = [i for p in cut for i in tokenizer.encode(p).tolist()]
-    assert together == tokenizer.encode(text).tolist()
-
-
-def test_a_word_without_end_is_cut_in_the_end() -> None:
-    batches = list(_batches(iter(["x" * CHUNK] * 40 + [None])))
-    assert "".join(p for batch in batches for p in batch if p is not None) == "x" * CHUNK * 40
-    assert len(batches) > 1
 
 
 @pytest.mark.parametrize("form", ["file", "folder of ranks", "folder of merges", "environment", "source", "kept"])
@@ -132,3 +134,27 @@ def test_other_ranks_under_gpt2s_name_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_ranks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"ranks = .*: give r50k_base.tiktoken"):
         gpt2_tokenizer(tmp_path, None, tmp_path / "kept")
+
+
+def test_a_damaged_copy_of_gpt2s_ranks_is_replaced(shared_data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    gpt2_tokenizer(shared_data / "gpt2-bpe", None, kept)
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-100])
+    gpt2_tokenizer(None, shared_data / "gpt2-bpe", kept)
+    assert kept.read_bytes() == whole
+
+
+def test_without_a_network_the_way_out_is_said(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path\nfrom moelab.config import UsageError\n"
+        "from moelab.text.tokenizer import gpt2_tokenizer\n"
+        f"try: gpt2_tokenizer(None, None, Path({str(tmp_path / 'kept')!r}))\n"
+        "except UsageError as problem: print(problem)"
+    )
+    nowhere = "http://127.0.0.1:9"  # the discard port, where nobody listens
+    environment = {k: v for k, v in os.environ.items() if k.lower() not in ("no_proxy", "moelab_gpt2_ranks")}
+    environment |= {"HTTPS_PROXY": nowhere, "https_proxy": nowhere, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert said.stdout.startswith("tokenizer = gpt2: its ranks cannot be fetched (ProxyError); give --ranks FILE")
+    assert said.stdout.count("\n") == 1

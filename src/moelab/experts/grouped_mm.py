@@ -173,8 +173,10 @@ class _ExpertLinear(torch.autograd.Function):
         d_w = torch.where(has_rows[:, None, None], _grouped(d_y.mT, rows, r.offsets), 0)
         d_b = None
         if ctx.has_bias:
-            ones = d_y.new_ones(_LINE, len(d_y))  # a sum over rows is a product with ones
-            d_b = torch.where(has_rows[:, None], _grouped(ones, d_y, r.offsets)[:, 0], 0)
+            # A sum over rows is a product with ones. They stand on the right, where grouped_mm takes them row-major:
+            # on the left it needs them column-major, which the compiler forgets of a constant.
+            ones = d_y.new_ones(len(d_y), _LINE)
+            d_b = torch.where(has_rows[:, None], _grouped(d_y.mT, ones, r.offsets)[:, :, 0], 0)
         return d_rows, d_w, d_b, *NONE_FOR_ROUTING
 
 
@@ -184,9 +186,10 @@ _LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a m
 def _one_kernel(rows: torch.Tensor, w: torch.Tensor) -> bool:
     """Whether grouped_mm has a kernel that takes all experts at once, without the host.
 
-    PyTorch builds it for compute capabilities 9.x and 10.x, bf16, and fewer than 1,024 groups.
+    PyTorch builds it for compute capabilities 9.x and 10.x, bf16, and fewer than 1,024 groups; and it refuses the
+    strides of fewer rows than 16 bytes hold.
     """
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or w.shape[0] >= 1024:
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or w.shape[0] >= 1024 or rows.shape[0] < _LINE:
         return False
     return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 

@@ -18,11 +18,10 @@ import os
 import re
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock
@@ -30,20 +29,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moelab.config import DataConfig, UsageError
-from moelab.text.corpora import Corpus, Pieces, open_corpus
-from moelab.text.tokenizer import (
-    TRAINING_BYTES,
-    Tokenizer,
-    bytes_tokenizer,
-    check_name,
-    gpt2_tokenizer,
-    train_bpe,
-)
+from moelab.text.chunks import encoded
+from moelab.text.corpora import Corpus, open_corpus
+from moelab.text.documents import Advance, Pieces
+from moelab.text.tokenizer import Tokenizer, bytes_tokenizer, check_name, gpt2_tokenizer, train_bpe
 
-VERSION = 1  # of the token files; a new one makes every corpus be prepared again
-CHUNK = 256 * 1024  # characters that are encoded at once
-LONGEST_WORD = 4 << 20  # characters without a safe place to cut after which the text is cut all the same
-_SAFE_CUT = re.compile(r"[!-~](?=[ \n])")  # before a blank that follows no blank: no token spans it
+VERSION = 2  # of the token files; a new one makes every corpus be prepared again
+TRAINING_BYTES = 64 << 20  # of the train split that a byte-pair encoding is trained on, at most
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,8 @@ def prepare(
     Raises:
         UsageError: an unknown corpus, tokenizer or split; text that is missing, empty or not UTF-8; a folder that
             cannot be written.
+
+    Safe to call from several processes at once. Memory does not grow with the corpus.
     """
     home = home or moelab_home()
     if tokenizer is None and data.tokenizer is not None:
@@ -106,14 +100,15 @@ def prepare(
     corpus = open_corpus(data)
     for split in splits:
         if split not in corpus.splits():
-            raise UsageError(f"source = {data.source}: it has no {split} split of {corpus.name}")
+            raise UsageError(
+                f"source = {data.source}: it has no {split} split of {corpus.name}, only {', '.join(corpus.splits())}"
+            )
     try:
-        (home / "prepared").mkdir(parents=True, exist_ok=True)
+        if tokenizer is None:
+            tokenizer = _tokenizer(data, corpus, home)
+        folders = [_split_folder(corpus, split, tokenizer, home) for split in splits]
     except OSError as problem:
         raise UsageError(f"MOELAB_HOME = {home}: cannot be written ({problem.strerror}); set another") from None
-    if tokenizer is None:
-        tokenizer = _tokenizer(data, corpus, home)
-    folders = [_split_folder(corpus, split, tokenizer, home) for split in splits]
     loaded = {split: _load(folder) for split, folder in zip(splits, folders, strict=True)}
     contents = {split: meta["content_sha256"] for split, (_, meta) in loaded.items()}
     facts = [VERSION, tokenizer.fingerprint, sorted(contents.items())]
@@ -143,26 +138,39 @@ def _tokenizer(data: DataConfig, corpus: Corpus, home: Path) -> Tokenizer:
     folder = home / "tokenizers" / f"{_slug(corpus.name, name)}-{_key(str(VERSION), corpus.signature('train'), name)}"
 
     def fill(aside: Path) -> None:
-        trained = train_bpe(name, _sample(corpus))
+        with _progress(f"reading {corpus.name} for {name}", corpus.size("train")) as advance:
+            sample = _sample(corpus.pieces("train", advance), TRAINING_BYTES)
+        trained = train_bpe(name, sample)
         if trained.vocabulary < int(name.partition(":")[2]):
             _say(f"tokenizer {name}: the text has merges for no more than {trained.vocabulary} tokens")
         trained.save(aside)
 
-    with _lock(folder):
-        with contextlib.suppress(UsageError):
-            return Tokenizer.load(folder)
-        _replace(folder, fill)
+    with contextlib.suppress(UsageError):
         return Tokenizer.load(folder)
+    with _lock(folder):
+        try:
+            return Tokenizer.load(folder)  # another process may have made it by now
+        except UsageError as problem:
+            if folder.exists():
+                _say(f"{problem}; training it again")
+        _replace(folder, fill)
+    return Tokenizer.load(folder)
 
 
-def _sample(corpus: Corpus) -> Iterator[str]:
-    """The train split, or `TRAINING_BYTES` of it spread evenly, in pieces."""
-    size = 64 * 1024
-    keep_one_in = max(1, -(-corpus.size("train") // TRAINING_BYTES))
-    pieces = (p[i : i + size] for p in corpus.pieces("train") if p is not None for i in range(0, len(p), size))
-    for number, piece in enumerate(pieces):
-        if number % keep_one_in == 0:
-            yield piece
+def _sample(pieces: Pieces, limit: int) -> list[str]:
+    """All of a text, or parts of it spread evenly, at most `limit` bytes and at least about half of that."""
+    size = 1 << 16
+    parts = (piece[i : i + size] for piece in pieces if piece is not None for i in range(0, len(piece), size))
+    kept: list[str] = []
+    held, one_in = 0, 1
+    for number, part in enumerate(parts):
+        if number % one_in == 0:
+            kept.append(part)
+            held += len(part.encode())
+        while held > limit and len(kept) > 1:
+            kept, one_in = kept[::2], 2 * one_in
+            held = sum(len(part.encode()) for part in kept)
+    return kept
 
 
 # Token files
@@ -172,8 +180,10 @@ def _split_folder(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) 
     """The folder of a prepared split, which is made if it is not there or not as it was written."""
     key = _key(str(VERSION), corpus.signature(split), tokenizer.fingerprint, split)
     folder = home / "prepared" / f"{_slug(corpus.name, tokenizer.name, split)}-{key}"
+    if _problem(folder) is None:  # asked without the lock first: a folder that may only be read is as good
+        return folder
     with _lock(folder):
-        problem = _problem(folder)
+        problem = _problem(folder)  # another process may have made it by now
         if problem is None:
             return folder
         if folder.exists():
@@ -206,6 +216,13 @@ class _Counts:
     bytes: int = 0
     words: int = 0
     documents: int = 0
+    in_word: bool = False  # where the last piece ended
+
+    def add(self, piece: str, size: int) -> None:
+        """`size` is the piece's in bytes. An end-of-line counts as a word."""
+        self.bytes += size
+        self.words += len(piece.split()) + piece.count("\n") - (self.in_word and not piece[0].isspace())
+        self.in_word = not piece[-1].isspace()
 
 
 def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None:
@@ -213,7 +230,8 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
     dtype = tokenizer.dtype.newbyteorder("<")
     end_of_text = np.array([tokenizer.end_of_text], dtype)
     total = 1
-    with (folder / "tokens.bin").open("wb") as file, _progress(corpus, split) as advance:
+    what = f"preparing {corpus.name}, {split}"
+    with (folder / "tokens.bin").open("wb") as file, _progress(what, corpus.size(split)) as advance:
 
         def put(ids: np.ndarray) -> None:
             raw = ids.astype(dtype, copy=False).tobytes()
@@ -227,18 +245,15 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
                     content.update(b"\xff")  # in no UTF-8 text: where documents end is part of the content
                 else:
                     raw = piece.encode()
-                    counts.bytes += len(raw)
+                    counts.add(piece, len(raw))
                     content.update(raw)
-                    if corpus.counts_words:
-                        counts.words += len(piece.split()) + piece.count("\n")
                 yield piece
 
         put(end_of_text)
-        for ids in _encoded(counted(corpus.pieces(split, advance)), tokenizer):
+        for ids in encoded(counted(corpus.pieces(split, advance)), tokenizer):
             put(ids)
             total += len(ids)
-        file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file)
     if counts.documents == 0:
         raise UsageError(f"data = {corpus.name}: its {split} split is empty; give more text")
     meta = {
@@ -254,68 +269,17 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
         "content_sha256": content.hexdigest(),
         "sha256": checksum.hexdigest(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-
-
-def _encoded(pieces: Pieces, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of the stream, in order, encoded by several threads; no more than a few chunks are in memory at once."""
-    threads = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    end = np.array([tokenizer.end_of_text], tokenizer.dtype)
-
-    def encode(texts: list[str | None]) -> np.ndarray:
-        return np.concatenate([end if text is None else tokenizer.encode(text) for text in texts])
-
-    waiting: deque[Future[np.ndarray]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for batch in _batches(pieces):
-            waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _batches(pieces: Pieces) -> Iterator[list[str | None]]:
-    """The stream in lists of about `CHUNK` characters, cut only where encoding cannot tell."""
-    batch: list[str | None] = []
-    size, carry = 0, ""
-    for piece in pieces:
-        if piece is None:
-            if carry:
-                batch.append(carry)
-                size, carry = size + len(carry), ""
-            batch.append(None)
-        else:
-            carry += piece
-            while len(carry) > CHUNK:
-                cut = _safe_cut(carry)
-                if cut is None:
-                    break
-                batch.append(carry[:cut])
-                size, carry = size + cut, carry[cut:]
-                if size >= CHUNK:
-                    yield batch
-                    batch, size = [], 0
-        if size >= CHUNK:
-            yield batch
-            batch, size = [], 0
-    assert not carry, "a document without its end"
-    if batch:
-        yield batch
-
-
-def _safe_cut(text: str) -> int | None:
-    """A place near `CHUNK` where cutting `text` changes no token; None to wait for more text.
-
-    Pre-tokens begin with a blank or have none, so a blank after a character that is none always begins one.
-    """
-    found = _SAFE_CUT.search(text, CHUNK - 1)
-    if found is not None:
-        return found.end()
-    return LONGEST_WORD if len(text) > LONGEST_WORD else None
+    with (folder / "meta.json").open("wb") as file:
+        file.write(json.dumps(meta, indent=2).encode() + b"\n")
+        _to_disk(file)
 
 
 # Files and messages
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -343,12 +307,14 @@ def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(corpus: Corpus, split: str) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, size: int) -> Iterator[Advance]:
+    """A bar of bytes read, where there is a terminal to show it."""
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"preparing {corpus.name}, {split}", total=corpus.size(split))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=size)
         yield lambda read: bar.advance(task, read)
 
 

@@ -23,7 +23,6 @@ END_OF_TEXT = "<|endoftext|>"
 R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # as tiktoken states it
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-TRAINING_BYTES = 64 << 20  # of text that a byte-pair encoding is trained on, spread evenly over the train split
 RANKS_FILE = "ranks.tiktoken"
 
 
@@ -51,13 +50,19 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the name and the ranks."""
-        digest = hashlib.sha256(self.name.encode())
-        for token in sorted(self.ranks, key=lambda token: self.ranks[token]):
-            digest.update(len(token).to_bytes(4, "big") + token)
-        return digest.hexdigest()
+        return _fingerprint(self.name, self.ranks)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) ids, without end-of-text. Runs beside other threads."""
+        """(n,) ids, without end-of-text. Runs beside other threads.
+
+        Raises `UsageError` on a `str` that UTF-8 cannot spell, such as a prompt of broken bytes.
+        """
+        try:
+            return self._ids(text)
+        except UnicodeEncodeError as problem:
+            raise UsageError(f"text: character {problem.start:,} is half of a surrogate pair; give UTF-8") from None
+
+    def _ids(self, text: str) -> np.ndarray:
         if self.name == "bytes":
             return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
         return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
@@ -78,12 +83,20 @@ class Tokenizer:
         """The tokenizer that `save` wrote. Raises `UsageError` if it is not there or not what was written."""
         try:
             facts = json.loads((folder / "tokenizer.json").read_text())
-            tokenizer = Tokenizer(facts["name"], _read_ranks(folder / RANKS_FILE))
-        except (OSError, ValueError, KeyError) as problem:
+            name, fingerprint = facts["name"], facts["fingerprint"]
+            ranks = _read_ranks(folder / RANKS_FILE)
+        except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UsageError(f"tokenizer = {folder}: cannot be read ({problem})") from None
-        if tokenizer.fingerprint != facts["fingerprint"]:
+        if _fingerprint(name, ranks) != fingerprint:
             raise UsageError(f"tokenizer = {folder}: {RANKS_FILE} fails its checksum")
-        return tokenizer
+        return Tokenizer(name, ranks)
+
+
+def _fingerprint(name: str, ranks: dict[bytes, int]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for token in sorted(ranks, key=lambda token: ranks[token]):
+        digest.update(len(token).to_bytes(4, "big") + token)
+    return digest.hexdigest()
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -142,6 +155,7 @@ def gpt2_tokenizer(ranks: Path | None, source: Path | None, kept: Path) -> Token
         UsageError: files that are not GPT-2's; none to be had.
     """
     named = ranks or (Path(os.environ["MOELAB_GPT2_RANKS"]) if os.environ.get("MOELAB_GPT2_RANKS") else None)
+    at_hand = _kept_ranks(kept)
     if named is not None:
         found = _ranks_in(named)
         if found is None:
@@ -149,13 +163,21 @@ def gpt2_tokenizer(ranks: Path | None, source: Path | None, kept: Path) -> Token
                 f"ranks = {named}: give r50k_base.tiktoken, or a folder with it or encoder.json and vocab.bpe"
             )
     else:
-        found = _ranks_in(kept) or (_ranks_in(source) if source is not None else None) or _downloaded_ranks()
-    if not kept.exists():
+        found = at_hand or (_ranks_in(source) if source is not None else None) or _downloaded_ranks()
+    if at_hand is None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}")
         _write_ranks(found, aside)
         os.replace(aside, kept)
     return Tokenizer("gpt2", found)
+
+
+def _kept_ranks(kept: Path) -> dict[bytes, int] | None:
+    """A damaged copy of our own is as good as none."""
+    try:
+        return _ranks_in(kept)
+    except UsageError:
+        return None
 
 
 def _ranks_in(path: Path) -> dict[bytes, int] | None:
