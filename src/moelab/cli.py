@@ -318,12 +318,17 @@ def parse(kind: type[Parsed], command: str, arguments: Sequence[str], default: P
 
 def _one_line(framed: str) -> str:
     """What tyro's frame says, without the frame, the title and the help text."""
-    rows = [row.strip("│ ") for row in framed.splitlines() if row.startswith("│")]
-    sections = " ".join(rows).split("─" * 10)
-    message = sections[0].strip().rstrip(".")
+    sections = [""]  # the title, the message, and what there is of help, between rules
+    for row in framed.splitlines():
+        text = row.strip("│╭╮╰╯─- ")
+        if row.startswith("╭") or not text:
+            sections.append("")
+        else:
+            sections[-1] += f" {row.strip('│ ')}"
+    message = sections[1].strip().rstrip(".")
     if " = " in message:  # one of our own, from a dataclass that checked itself
         return message.split(": ", 1)[1]
-    suggestion = re.search(r"Perhaps you meant: +(--[a-z0-9-]+)", framed.replace("│", " ").replace("\n", " "))
+    suggestion = re.search(r"Perhaps you meant: +(--[a-z0-9-]+)", "".join(sections))
     return f"{message}; did you mean {suggestion.group(1)}?" if suggestion else message
 
 

@@ -147,8 +147,8 @@ def test_data_list_and_info_print_what_there_is(capsys: pytest.CaptureFixture[st
 
 def test_ctrl_c_saves_says_how_to_go_on_and_resume_goes_on(story: Path, tmp_path: Path) -> None:
     flags = [*SMALL, "--data", f"text:{story}", "--out", str(tmp_path / "run")]
-    flags[flags.index("--steps") + 1] = "3000"
-    flags[flags.index("--evaluation-interval") + 1] = "3000"
+    flags[flags.index("--steps") + 1] = "600"
+    flags[flags.index("--evaluation-interval") + 1] = "600"
     command = [sys.executable, "-m", "moelab", "train", "smoke", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -164,7 +164,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_resume_goes_on(story: Path, tmp_path
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 3001))
+    assert steps == list(range(1, 601))
 
 
 def test_compare_trains_each_arm_once_and_writes_the_report(
