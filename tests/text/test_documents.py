@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -48,8 +49,6 @@ def test_a_separator_is_found_after_long_lines_and_at_the_end(size: int, longest
 
 @given(st.text(st.characters(codec="utf-8"), max_size=50), st.integers(1, 9))
 def test_blocks_laid_end_to_end_are_the_file(text: str, size: int) -> None:
-    import tempfile
-
     with tempfile.NamedTemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
         file.write(text.encode())
         file.flush()
@@ -105,7 +104,8 @@ def test_parquet_without_a_column_of_text_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_parquet_file_is_named_in_one_line(tmp_path: Path) -> None:
     path = parquet(tmp_path / "x.parquet", pa.array([f"text {i}" for i in range(1000)]))
     content = bytearray(path.read_bytes())
-    content[8:2000] = bytes(1992)  # its footer is whole, its pages are not
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[4:footer] = bytes(footer - 4)  # its footer is whole, its pages are not
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"x.parquet: not a parquet file that can be read \(.+\)") as refused:
         documents(read_any(path))

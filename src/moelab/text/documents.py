@@ -16,8 +16,7 @@ from moelab.config import UsageError
 Pieces = Iterator[str | None]
 Advance = Callable[[int], None]  # called with the bytes of the source that were read
 
-SEPARATOR = "<|endoftext|>"
-_SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE)
+_SEPARATOR_TO_END = re.compile(r"<\|endoftext\|>\r?(?:\n|\Z)")
 _BLOCK = 1 << 20  # bytes read at once
 _LONGEST_LINE = 1 << 16  # characters; a longer line is given out in several pieces
 
@@ -143,12 +142,11 @@ def separated(blocks: Iterable[str]) -> Pieces:
 
 def _at_separators(text: str, at_line_start: bool) -> Pieces:
     start = 0
-    if SEPARATOR in text:
-        for found in _SEPARATOR_LINE.finditer(text):
-            if found.start() or at_line_start:
-                yield text[start : found.start()]
-                yield None
-                start = found.end()
+    for found in _SEPARATOR_TO_END.finditer(text):
+        if text[found.start() - 1] == "\n" if found.start() else at_line_start:
+            yield text[start : found.start()]
+            yield None
+            start = found.end()
     yield text[start:]
 
 

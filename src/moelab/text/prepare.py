@@ -210,23 +210,21 @@ def _load(folder: Path) -> tuple[Split, dict[str, str]]:
 
 
 @dataclass
-class _Counts:
-    """What is counted of the text while it streams past."""
+class WordCount:
+    """Whitespace-separated words, and one more for each end of line, of a text that comes in pieces."""
 
-    bytes: int = 0
     words: int = 0
-    documents: int = 0
     in_word: bool = False  # where the last piece ended
 
-    def add(self, piece: str, size: int) -> None:
-        """`size` is the piece's in bytes. An end-of-line counts as a word."""
-        self.bytes += size
+    def add(self, piece: str) -> None:
         self.words += len(piece.split()) + piece.count("\n") - (self.in_word and not piece[0].isspace())
         self.in_word = not piece[-1].isspace()
 
 
 def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None:
-    counts, content, checksum = _Counts(), hashlib.sha256(), hashlib.sha256()
+    content, checksum = hashlib.sha256(), hashlib.sha256()
+    words = WordCount() if corpus.counts_words else None
+    documents = size = 0
     dtype = tokenizer.dtype.newbyteorder("<")
     end_of_text = np.array([tokenizer.end_of_text], dtype)
     total = 1
@@ -239,14 +237,17 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
             checksum.update(raw)
 
         def counted(pieces: Pieces) -> Pieces:
+            nonlocal documents, size
             for piece in pieces:
                 if piece is None:
-                    counts.documents += 1
+                    documents += 1
                     content.update(b"\xff")  # in no UTF-8 text: where documents end is part of the content
                 else:
                     raw = piece.encode()
-                    counts.add(piece, len(raw))
+                    size += len(raw)
                     content.update(raw)
+                    if words is not None:
+                        words.add(piece)
                 yield piece
 
         put(end_of_text)
@@ -254,7 +255,7 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
             put(ids)
             total += len(ids)
         _to_disk(file)
-    if counts.documents == 0:
+    if documents == 0:
         raise UsageError(f"data = {corpus.name}: its {split} split is empty; give more text")
     meta = {
         "version": VERSION,
@@ -263,9 +264,9 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
         "tokenizer": tokenizer.name,
         "dtype": dtype.str,
         "tokens": total - 1,
-        "bytes": counts.bytes,
-        "words": counts.words if corpus.counts_words else None,
-        "documents": counts.documents,
+        "bytes": size,
+        "words": words.words if words is not None else None,
+        "documents": documents,
         "content_sha256": content.hexdigest(),
         "sha256": checksum.hexdigest(),
     }
