@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from moelab.text import Tokenizer, prepare
 
 from moelab.config import DataConfig, ModelConfig, MoEConfig, UsageError
 from moelab.evaluation import sample
 from moelab.model import GPT
 from moelab.presets import arm_model
+from moelab.text import Tokenizer, prepare
 
 MODEL = ModelConfig(layers=2, heads=2, width=16, context=16, vocabulary=320)
 
