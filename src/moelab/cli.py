@@ -26,17 +26,11 @@ Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
-class TrainFlags:
-    """Train one model."""
+class SizeFlags:
+    """What `train` and `compare` start from, and every setting that changes it."""
 
     preset: tyro.conf.Positional[str] = "smoke"
     """Size to start from: smoke, 5m, 40m, 124m or 350m."""
-    arm: str = "dense"
-    """Which model: dense, moe, dense-wide (dense, with the MoE's active FLOPs) or moe-matched (MoE, with dense's)."""
-    out: Path | None = None
-    """Folder of the run; out-baseline for dense, out-moe for moe, out-ARM for others, when not given."""
-    resume: bool = False
-    """Go on with the run in that folder, from its newest checkpoint."""
     data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = DataConfig()
     training: Annotated[TrainingConfig, tyro.conf.OmitArgPrefixes] = TrainingConfig()
     model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = ModelConfig()
@@ -44,11 +38,21 @@ class TrainFlags:
 
 
 @dataclass(frozen=True)
-class CompareFlags:
+class TrainFlags(SizeFlags):
+    """Train one model."""
+
+    arm: str = "dense"
+    """Which model: dense, moe, dense-wide (dense, with the MoE's active FLOPs) or moe-matched (MoE, with dense's)."""
+    out: Path | None = None
+    """Folder of the run; out-baseline for dense, out-moe for moe, out-ARM for others, when not given."""
+    resume: bool = False
+    """Go on with the run in that folder, from its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class CompareFlags(SizeFlags):
     """Train every arm on the same tokens and report which won."""
 
-    preset: tyro.conf.Positional[str] = "smoke"
-    """Size to start from: smoke, 5m, 40m, 124m or 350m."""
     arms: str = "dense,moe,dense-wide"
     """Arms, separated by commas; the others are compared against the first. Also: moe-matched."""
     seeds: int = 1
@@ -57,10 +61,6 @@ class CompareFlags:
     """What arms are given the same of: tokens, and, by runs of their own, flops and seconds (tokens,flops,seconds)."""
     out: Path | None = None
     """Folder of the comparison; runs/compare-PRESET when not given."""
-    data: Annotated[DataConfig, tyro.conf.OmitArgPrefixes] = DataConfig()
-    training: Annotated[TrainingConfig, tyro.conf.OmitArgPrefixes] = TrainingConfig()
-    model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = ModelConfig()
-    moe: Annotated[MoEConfig, tyro.conf.OmitArgPrefixes] = MoEConfig()
 
 
 @dataclass(frozen=True)
