@@ -162,6 +162,8 @@ def train(arguments: list[str]) -> None:
 def compare(arguments: list[str]) -> None:
     """train every arm on the same tokens and report which won"""
     from moelab.compare import Comparison, run_comparison
+    from moelab.device import compute_dtype, resolve_device
+    from moelab.experts import check_backend
 
     chosen = _preset_of(arguments)
     flags = parse(CompareFlags, "compare", arguments, CompareFlags(preset=chosen, **_preset_settings(chosen)))
@@ -175,6 +177,9 @@ def compare(arguments: list[str]) -> None:
         data=flags.data,
         training=flags.training,
     )
+    device = resolve_device(flags.training.device)
+    compute_dtype(flags.training.precision, device)
+    check_backend(flags.moe.backend, device)  # now, and not when the dense arm is trained
     out = flags.out or Path("runs") / f"compare-{flags.preset}"
     print(run_comparison(comparison, out, command=_command("compare", arguments)))
 
