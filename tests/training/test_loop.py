@@ -104,6 +104,14 @@ def test_resume_of_a_finished_run_changes_nothing(
     assert {p: p.stat().st_mtime_ns for p in before} | {tmp_path / "run": 0} == before | {tmp_path / "run": 0}
 
 
+def test_a_summary_that_was_cut_short_is_written_again(tiny_run: MakeRun, tmp_path: Path) -> None:
+    first = train(tiny_run(), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text('{"finished": tr')
+    again = train(tiny_run(), tmp_path / "run", resume=True)
+    assert (again["steps"], again["val_loss"]) == (12, first["val_loss"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == again
+
+
 def test_a_run_that_is_there_is_not_overwritten(tiny_run: MakeRun, tmp_path: Path) -> None:
     train(tiny_run(), tmp_path / "run")
     kept = (tmp_path / "run" / "summary.json").read_text()

@@ -80,9 +80,9 @@ def train(
         difference = first_difference(stored_run(folder), run)
         if difference:
             raise UsageError(f"{difference}; give the run's own settings, or another --out")
-        if (folder / "summary.json").exists():
+        if summary := finished_summary(folder):
             console.print(f"{folder}: this run is finished; nothing to do", soft_wrap=True)
-            return finished_summary(folder) or {}
+            return summary
     trainer = Trainer(run, folder, text, device, dtype, console)
     with _determinism(run.training.deterministic):
         trainer.set_up(resume)
