@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -120,19 +120,11 @@ class ReportFlags:
 
 
 @dataclass(frozen=True)
-class PrepareFlags:
+class PrepareFlags(DataConfig):
     """Turn a corpus into token files, once; training does it by itself when it was not done."""
 
-    data: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[str] = field()
     """stdlib, wikitext-2, wikitext-103 (and their -raw forms), or text:PATH."""
-    source: Path | None = None
-    """Local files of a named corpus, instead of the hub."""
-    glob: str = "**/*"
-    """Which files of a text:PATH folder are read."""
-    tokenizer: str | None = None
-    """gpt2, bpe:VOCAB or bytes; bpe:4096 for stdlib and text:, gpt2 for WikiText, when not given."""
-    ranks: Path | None = None
-    """Offline GPT-2 ranks: r50k_base.tiktoken, or a folder with encoder.json and vocab.bpe ($MOELAB_GPT2_RANKS)."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +242,7 @@ def data_prepare(arguments: list[str]) -> None:
     from moelab.text import prepare
 
     flags = parse(PrepareFlags, "data prepare", arguments)
-    text = prepare(DataConfig(**vars(flags)), splits=("train", "valid", "test"))
+    text = prepare(flags, splits=("train", "valid", "test"))
     print(f"{text.name}, tokenizer {text.tokenizer.name}, fingerprint {text.fingerprint[:12]}: {text.folder}")
     for name, split in text.splits.items():
         print(f"  {name:<6}{split.scored:>14,} tokens {split.bytes:>15,} bytes {split.documents:>10,} documents")
