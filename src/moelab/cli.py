@@ -73,6 +73,8 @@ class EvalFlags:
     """Corpus; the run's own when not given."""
     source: Path | None = None
     """Local files of a named corpus."""
+    detokenize: bool = False
+    """WikiText as natural text, which is what a model trained on natural text is to be scored on."""
     glob: str = "**/*"
     """Which files of a text:PATH folder are read."""
     tokenizer: str | None = None
@@ -188,14 +190,15 @@ def evaluate(arguments: list[str]) -> None:
     if flags.tokenizer not in (None, tokenizer.name):
         raise UsageError(f"tokenizer = {flags.tokenizer}: this run reads {tokenizer.name}; leave --tokenizer out")
     own = DataConfig(data=flags.data, source=flags.source, glob=flags.glob) if flags.data else config.data
-    data = replace(own, source=flags.source or own.source)
+    data = replace(own, source=flags.source or own.source, detokenize=flags.detokenize or own.detokenize)
     text = prepare(data, splits=(flags.split,), tokenizer=tokenizer)
     model = load(run, flags.device)
     result = score(model, text.splits[flags.split], flags.split, stride=flags.stride, batch_size=flags.batch_size)
     figures = result.as_json()
     if flags.json:
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"{run} on {text.name}, {flags.split} split:")
+        about = {"data": text.name, "form": text.form, "source": text.source, "tokenizer": tokenizer.name}
+        flags.json.write_text(json.dumps(figures | about, indent=2) + "\n")
+    print(f"{run} on {text.name}, {flags.split} split, tokenizer {tokenizer.name}:")
     for name, value in figures.items():
         if name != "split" and value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
@@ -243,9 +246,11 @@ def data_prepare(arguments: list[str]) -> None:
 
     flags = parse(PrepareFlags, "data prepare", arguments)
     text = prepare(flags, splits=("train", "valid", "test"))
-    print(f"{text.name}, tokenizer {text.tokenizer.name}, fingerprint {text.fingerprint[:12]}: {text.folder}")
+    print(f"{text.name} from {text.source}")
+    print(f"tokenizer {text.tokenizer.name}, fingerprint {text.fingerprint[:12]}: {text.folder}")
     for name, split in text.splits.items():
-        print(f"  {name:<6}{split.scored:>14,} tokens {split.bytes:>15,} bytes {split.documents:>10,} documents")
+        words = f" {split.words:>12,} words" if split.words is not None else ""
+        print(f"  {name:<6}{split.scored:>14,} tokens {split.bytes:>15,} bytes {split.documents:>10,} documents{words}")
 
 
 def info(arguments: list[str]) -> None:

@@ -169,7 +169,9 @@ class DataConfig:
     data: str = "stdlib"
     """Corpus: stdlib, wikitext-2, wikitext-103 (and their -raw forms), or text:PATH (a file or a folder)."""
     source: Path | None = None
-    """Local files of a named corpus, instead of the hub."""
+    """Local files of a named corpus, instead of the hub: a folder, or for WikiText also a zip."""
+    detokenize: bool = False
+    """WikiText as natural text: GPT-2's evaluation detokenizer, an article at a time."""
     glob: str = "**/*"
     """Which files of a text:PATH folder are read."""
     tokenizer: str | None = None

@@ -50,7 +50,7 @@ def write_run(plan: PlannedRun, folder: Path, **changes: Any) -> dict[str, Any]:
         "batches_sha256": hashlib.sha256(f"{training.seed} {training.steps}".encode()).hexdigest(),
         "data": {
             "name": "stdlib", "fingerprint": "ab" * 32, "tokenizer": "bpe:4096", "train_tokens": 4_000_000,
-            "valid_tokens": 210_000,
+            "valid_tokens": 210_000, "form": None, "source": "/usr/lib/python3.12",
         },
         "environment": {
             "moelab": "0.1.0", "commit": None, "python": "3.12.1", "torch": "2.13.0", "device": "a CPU, 2 threads",

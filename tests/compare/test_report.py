@@ -219,6 +219,17 @@ def test_names_are_text_and_not_markup(small: Make, finish: Finish, tmp_path: Pa
     assert "<i>" not in text
 
 
+def test_the_form_of_the_text_and_its_source_are_said(small: Make, finish: Finish, tmp_path: Path) -> None:
+    finish(small(), tmp_path)
+    for path in tmp_path.glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        summary["data"] |= {"form": "tokenised form, as published", "source": "a/hub at 0123"}
+        path.write_text(json.dumps(summary))
+    page = run_comparison(small(), tmp_path).read_text()
+    assert "<dd>tokenised form, as published</dd>" in page
+    assert "<dd>a/hub at 0123</dd>" in page
+
+
 def test_word_perplexity_has_a_column_where_it_was_measured(small: Make, finish: Finish, tmp_path: Path) -> None:
     finish(small(), tmp_path, moe={"val_word_perplexity": 31.4159})
     page = Page(run_comparison(small(), tmp_path).read_text())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moelab.config import UsageError
 from moelab.text import documents as module
-from moelab.text.documents import Pieces, articles, read_any, read_articles, read_blocks, read_jsonl, separated
+from moelab.text.documents import Pieces, articles, read_any, read_blocks, read_jsonl, separated
 
 
 def documents(pieces: Pieces) -> list[str]:
@@ -123,7 +123,7 @@ def test_readers_report_the_bytes_they_have_read_as_they_read(tmp_path: Path, na
         case _:
             path.write_text(text * 40)
     heard: list[int] = []
-    for _ in (read_articles if name == "wiki" else read_any)(path, heard.append):
+    for _ in articles(read_blocks(path, heard.append)) if name == "wiki" else read_any(path, heard.append):
         pass
     assert len(heard) > 1
     assert sum(heard) == pytest.approx(path.stat().st_size, rel=0.01)
@@ -172,6 +172,6 @@ def test_a_line_of_json_may_be_long(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "count"), [("train", 600), ("valid", 60), ("test", 60)])
 def test_wikitext_2_has_its_published_number_of_articles(shared_data: Path, name: str, count: int) -> None:
     path = shared_data / "wikitext-2" / f"wiki.{name}.tokens"
-    found = documents(read_articles(path))
+    found = documents(articles(read_blocks(path)))
     assert len(found) == count
     assert "".join(found).encode() == path.read_bytes()

@@ -106,7 +106,8 @@ def _same_text(runs: Sequence[Run]) -> dict[str, Any]:
                 f"{folder}: its text has changed (fingerprint {text['fingerprint'][:12]}, that of {runs[0].folder} "
                 f"{first['fingerprint'][:12]}); train all runs again in another --out"
             )
-    return {name: first[name] for name in ("name", "fingerprint", "tokenizer", "train_tokens", "valid_tokens")}
+    known = ("name", "form", "source", "fingerprint", "tokenizer", "train_tokens", "valid_tokens")
+    return {name: first.get(name) for name in known}
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:

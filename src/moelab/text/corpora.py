@@ -1,5 +1,8 @@
 """Corpora: where text comes from.
 
+A corpus has a `name`, says where it is from (`source`), and gives the text of its `splits` as `pieces`. `fetch` gets a
+split that is not on this machine; `finished` turns the pieces, as they were published, into the text that is tokenised.
+
 The order of documents is fixed: files in the order of their relative paths, documents in the order of the file.
 """
 
@@ -9,20 +12,22 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from moelab.config import DataConfig, UsageError
-from moelab.text.documents import Advance, Pieces, read_any, read_articles, read_plain, unheard, without_empty_documents
+from moelab.config import DataConfig, UsageError, require
+from moelab.text.documents import Advance, Pieces, read_any, read_plain, unheard, without_empty_documents
 from moelab.text.splits import SPLITS, dealt
+from moelab.text.wikitext import NAMES, WikiText, open_wikitext
 
 CORPORA: dict[str, str] = {
     "stdlib": "the source of this Python's standard library, without its tests; always there (the default)",
-    "wikitext-2": "WikiText-2, tokenised form; --source FOLDER with wiki.{train,valid,test}.tokens",
-    "wikitext-103": "WikiText-103, tokenised form; --source FOLDER, likewise",
-    "wikitext-2-raw": "WikiText-2, raw form; --source FOLDER with wiki.{train,valid,test}.raw",
-    "wikitext-103-raw": "WikiText-103, raw form; --source FOLDER, likewise",
+    "wikitext-2": "WikiText-2, tokenised form, from the hub or --source PATH; --detokenize for natural text",
+    "wikitext-103": "WikiText-103, likewise",
+    "wikitext-2-raw": "WikiText-2, raw form, likewise: no <unk>",
+    "wikitext-103-raw": "WikiText-103, raw form, likewise",
     "text:PATH": "your own text: a file, or a folder walked with --glob; .jsonl and .parquet by their column `text`",
 }
 
@@ -30,66 +35,73 @@ File = tuple[str, Path]  # name relative to the corpus, and where it is
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Some text and its splits."""
+class LocalFiles:
+    """Files whose documents are dealt out to the splits."""
 
     name: str
+    source: str
     files: tuple[File, ...]
-    """Every source file, in order."""
-    split_files: Mapping[str, tuple[File, ...]] | None
-    """The files of each split, where the corpus comes split; None where documents are dealt out to the splits."""
+    """Every file, in order."""
     reader: Callable[[Path, Advance], Pieces]
-    counts_words: bool = False
+    counts_words = False
+    form = None  # there is but one
 
     def splits(self) -> tuple[str, ...]:
-        """The splits that the source has."""
-        return SPLITS if self.split_files is None else tuple(s for s in SPLITS if s in self.split_files)
+        return SPLITS
 
-    def sources(self, split: str) -> tuple[File, ...]:
-        """The files that a split is made from."""
-        return self.files if self.split_files is None else self.split_files[split]
+    def fetch(self, split: str) -> None:
+        """They are there."""
 
     def size(self, split: str) -> int:
-        """Bytes of those files."""
-        return sum(path.stat().st_size for _, path in self.sources(split))
+        """Bytes that are read for a split: all, to find its documents."""
+        return sum(path.stat().st_size for _, path in self.files)
 
     def signature(self, split: str) -> str:
         """Changes when a source file is added, removed, or written to: of paths, sizes and times, not contents."""
-        stats = [(os.path.abspath(path), path.stat()) for _, path in self.sources(split)]
+        stats = [(os.path.abspath(path), path.stat()) for _, path in self.files]
         facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return hashlib.sha256(json.dumps([self.name, facts]).encode()).hexdigest()
 
     def pieces(self, split: str, advance: Advance = unheard) -> Pieces:
         """The text of a split. Raises `UsageError` on text that cannot be read, and on none at all."""
-        if self.split_files is not None:
-            return self._read(self.sources(split), advance)
-        return dealt(lambda heard: self._read(self.files, heard), split, self.name, advance)
+        return dealt(self._read, split, self.name, advance)
 
-    def _read(self, files: Iterable[File], advance: Advance) -> Pieces:
-        for _, path in files:
+    def finished(self, pieces: Pieces) -> Pieces:
+        """The text is tokenised as it is."""
+        return pieces
+
+    def published_words(self, split: str) -> int | None:
+        return None
+
+    def _read(self, advance: Advance) -> Pieces:
+        for _, path in self.files:
             try:
                 yield from without_empty_documents(self.reader(path, advance))
             except OSError as problem:
                 raise UsageError(f"{path}: cannot be read ({problem.strerror}); make it readable") from None
 
 
+Corpus: TypeAlias = LocalFiles | WikiText
+
+
 def open_corpus(data: DataConfig) -> Corpus:
     """The corpus that the settings name.
 
     Raises:
-        UsageError: unknown name; no file; a source that is needed and not given.
+        UsageError: unknown name; no file; a source that is not as it must be; `detokenize` of text that is natural.
     """
     kind, _, path = data.data.partition(":")
+    if data.data in NAMES:
+        return open_wikitext(data.data, data.source, data.detokenize)
+    require(not data.detokenize, "detokenize", True, f"{data.data} is natural text already; leave --detokenize out")
     if kind == "text" and path:
         return _text(Path(path).expanduser(), data.glob)
     if data.data == "stdlib":
         return _stdlib(data.source)
-    if data.data in CORPORA and data.data.startswith("wikitext-"):
-        return _wikitext(data.data, data.source)
     raise UsageError(f"data = {data.data}: give one of {', '.join(CORPORA)}")
 
 
-def _stdlib(source: Path | None) -> Corpus:
+def _stdlib(source: Path | None) -> LocalFiles:
     root = source or Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files: list[File] = []
@@ -99,10 +111,10 @@ def _stdlib(source: Path | None) -> Corpus:
         files += [((here / n).relative_to(root).as_posix(), here / n) for n in names if n.endswith(".py")]
     if not files:
         raise UsageError(f"data = stdlib: there is no .py file in {root}; give --source, or --data text:PATH")
-    return Corpus("stdlib", tuple(sorted(files)), None, read_plain)
+    return LocalFiles("stdlib", str(root), tuple(sorted(files)), read_plain)
 
 
-def _text(path: Path, glob: str) -> Corpus:
+def _text(path: Path, glob: str) -> LocalFiles:
     """Hidden files, and those of hidden folders (`.git`, `.DS_Store`), are no part of a folder's text."""
     if path.is_file():
         files = [(path.name, path)]
@@ -117,19 +129,4 @@ def _text(path: Path, glob: str) -> Corpus:
             raise UsageError(f"data = text:{path}: no file there matches --glob {glob!r}")
     else:
         raise UsageError(f"data = text:{path}: there is no such file or folder")
-    return Corpus(f"text:{path}", tuple(files), None, read_any)
-
-
-def _wikitext(name: str, source: Path | None) -> Corpus:
-    suffix = "raw" if name.endswith("-raw") else "tokens"
-    wanted = ", ".join(f"wiki.{split}.{suffix}" for split in SPLITS)
-    if source is None:
-        raise UsageError(f"source: {name} is read from local files; give --source FOLDER with {wanted}")
-    if not source.is_dir():
-        raise UsageError(f"source = {source}: there is no such folder; give one with {wanted}")
-    found = {split: source / f"wiki.{split}.{suffix}" for split in SPLITS}
-    split_files = {split: ((path.name, path),) for split, path in found.items() if path.is_file()}
-    if not split_files:
-        raise UsageError(f"source = {source}: none of {wanted} is there")
-    files = tuple(file for files in split_files.values() for file in files)
-    return Corpus(name, files, split_files, read_articles, counts_words=True)
+    return LocalFiles(f"text:{path}", str(path), tuple(files), read_any)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from moelab.config import UsageError
 
@@ -40,33 +41,33 @@ def read_plain(path: Path, advance: Advance = unheard) -> Pieces:
     return separated(read_blocks(path, advance))
 
 
-def read_articles(path: Path, advance: Advance = unheard) -> Pieces:
-    """A WikiText file, an article a document."""
-    return articles(read_blocks(path, advance))
-
-
 def read_blocks(path: Path, advance: Advance = unheard) -> Iterator[str]:
     """A UTF-8 file in blocks, newlines as they are. Raises `UsageError` naming the byte that is not UTF-8."""
+    with path.open("rb") as file:
+        yield from blocks_of(file, str(path), advance)
+
+
+def blocks_of(file: IO[bytes], name: str, advance: Advance = unheard) -> Iterator[str]:
+    """The same of an open file; `name` is what an error calls it."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(_BLOCK)
-            held = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as problem:
-                raise _not_utf8(path, done - held + problem.start) from None
-            if text:
-                yield text
-            if not block:
-                return
-            done += len(block)
-            advance(len(block))
+    while True:
+        block = file.read(_BLOCK)
+        held = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as problem:
+            raise _not_utf8(name, done - held + problem.start) from None
+        if text:
+            yield text
+        if not block:
+            return
+        done += len(block)
+        advance(len(block))
 
 
-def _not_utf8(path: Path, byte: int) -> UsageError:
-    return UsageError(f"{path}: byte {byte:,} is not UTF-8; convert the file, for example with iconv")
+def _not_utf8(name: str, byte: int) -> UsageError:
+    return UsageError(f"{name}: byte {byte:,} is not UTF-8; convert the file, for example with iconv")
 
 
 def read_jsonl(path: Path, advance: Advance = unheard) -> Pieces:
@@ -86,7 +87,7 @@ def _text_of_row(path: Path, number: int, line: bytes, start: int) -> str:
         text = json.loads(line.decode("utf-8-sig"))["text"]
         text.encode()
     except UnicodeDecodeError as problem:
-        raise _not_utf8(path, start + problem.start) from None
+        raise _not_utf8(str(path), start + problem.start) from None
     except UnicodeEncodeError:
         raise UsageError(f"{path}: line {number:,} spells half of a surrogate pair, which no UTF-8 text has") from None
     except (ValueError, RecursionError):
@@ -99,6 +100,17 @@ def _text_of_row(path: Path, number: int, line: bytes, start: int) -> str:
 
 def read_parquet(path: Path, advance: Advance = unheard) -> Pieces:
     """One row a document, in the column `text`, read in batches of rows."""
+    for rows in parquet_rows(path, advance):
+        for text in rows:
+            yield text or ""
+            yield None
+
+
+def parquet_rows(path: Path, advance: Advance = unheard) -> Iterator[list[str | None]]:
+    """The column `text` in batches of rows, a row group in memory at most.
+
+    Raises `UsageError` on a file that is damaged, has no such column, or one that is not of strings.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -109,11 +121,11 @@ def read_parquet(path: Path, advance: Advance = unheard) -> Pieces:
                 raise UsageError(f"{path}: has no column `text`; it has {', '.join(names)}")
             bytes_a_row = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str | None):
-                        raise UsageError(f"{path}: the column `text` holds {type(text).__name__}, not strings")
-                    yield text or ""
-                    yield None
+                rows = batch.column(0).to_pylist()
+                strange = next((row for row in rows if not isinstance(row, str | None)), None)
+                if strange is not None:
+                    raise UsageError(f"{path}: the column `text` holds {type(strange).__name__}, not strings")
+                yield rows
                 advance(round(bytes_a_row * len(batch)))
     except UnicodeDecodeError:
         raise UsageError(f"{path}: the column `text` has a row that is not UTF-8; write the file again") from None

@@ -34,7 +34,7 @@ from moelab.text.corpora import Corpus, open_corpus
 from moelab.text.documents import Advance, Pieces
 from moelab.text.tokenizer import Tokenizer, bytes_tokenizer, check_name, gpt2_tokenizer, train_bpe
 
-VERSION = 2  # of the token files; a new one makes every corpus be prepared again
+VERSION = 3  # of the token files; a new one makes every corpus be prepared again
 TRAINING_BYTES = 64 << 20  # of the train split that a byte-pair encoding is trained on, at most
 
 
@@ -45,9 +45,9 @@ class Split:
     tokens: np.ndarray
     """(scored + 1,) memory-mapped ids: end-of-text, then every document with an end-of-text after it."""
     bytes: int
-    """Of the original text in UTF-8; end-of-text counts none."""
+    """Of the text that was tokenised, in UTF-8; end-of-text counts none."""
     words: int | None
-    """WikiText: whitespace-separated words, with one end-of-line a line."""
+    """WikiText: whitespace-separated words of the text as published, with one end-of-line a line."""
     documents: int
 
     @property
@@ -62,6 +62,10 @@ class PreparedText:
 
     name: str
     folder: Path
+    source: str
+    """Where the text is from: a folder, a file, or the hub's repository and revision."""
+    form: str | None
+    """WikiText: tokenised or raw, as published or detokenized."""
     fingerprint: str
     """SHA-256 over the text of the splits, the tokenizer, and the format's version."""
     tokenizer: Tokenizer
@@ -91,6 +95,7 @@ def prepare(
     Raises:
         UsageError: an unknown corpus, tokenizer or split; text that is missing, empty or not UTF-8; a folder that
             cannot be written.
+        RunFailed: text that the hub has and that could not be fetched whole.
 
     Safe to call from several processes at once. Memory does not grow with the corpus.
     """
@@ -113,7 +118,8 @@ def prepare(
     contents = {split: meta["content_sha256"] for split, (_, meta) in loaded.items()}
     facts = [VERSION, tokenizer.fingerprint, sorted(contents.items())]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return PreparedText(corpus.name, home / "prepared", fingerprint, tokenizer, {s: x for s, (x, _) in loaded.items()})
+    found = {name: split for name, (split, _) in loaded.items()}
+    return PreparedText(corpus.name, home / "prepared", corpus.source, corpus.form, fingerprint, tokenizer, found)
 
 
 def _slug(*words: str) -> str:
@@ -138,8 +144,9 @@ def _tokenizer(data: DataConfig, corpus: Corpus, home: Path) -> Tokenizer:
     folder = home / "tokenizers" / f"{_slug(corpus.name, name)}-{_key(str(VERSION), corpus.signature('train'), name)}"
 
     def fill(aside: Path) -> None:
+        corpus.fetch("train")
         with _progress(f"reading {corpus.name} for {name}", corpus.size("train")) as advance:
-            sample = _sample(corpus.pieces("train", advance), TRAINING_BYTES)
+            sample = _sample(corpus.finished(corpus.pieces("train", advance)), TRAINING_BYTES)
         trained = train_bpe(name, sample)
         if trained.vocabulary < int(name.partition(":")[2]):
             _say(f"tokenizer {name}: the text has merges for no more than {trained.vocabulary} tokens")
@@ -188,15 +195,21 @@ def _split_folder(corpus: Corpus, split: str, tokenizer: Tokenizer, home: Path) 
             return folder
         if folder.exists():
             _say(f"{folder} is damaged ({problem}); preparing {corpus.name} again")
+        corpus.fetch(split)
         _replace(folder, lambda aside: _write(aside, corpus, split, tokenizer))
     return folder
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with a prepared split; None if it is as it was written."""
+    """What is wrong with a prepared split; None if it is as it was written.
+
+    The checksum is taken when the file was written to since, or copied: reading a large one takes seconds.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         with (folder / "tokens.bin").open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns == meta["written_ns"]:
+                return None
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return None if digest == meta["sha256"] else "tokens.bin fails its checksum"
     except (OSError, ValueError, KeyError) as problem:
@@ -236,6 +249,12 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
             file.write(raw)
             checksum.update(raw)
 
+        def published(pieces: Pieces) -> Pieces:
+            for piece in pieces:
+                if words is not None and piece is not None:
+                    words.add(piece)
+                yield piece
+
         def counted(pieces: Pieces) -> Pieces:
             nonlocal documents, size
             for piece in pieces:
@@ -246,17 +265,20 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
                     raw = piece.encode()
                     size += len(raw)
                     content.update(raw)
-                    if words is not None:
-                        words.add(piece)
                 yield piece
 
         put(end_of_text)
-        for ids in encoded(counted(corpus.pieces(split, advance)), tokenizer):
+        for ids in encoded(counted(corpus.finished(published(corpus.pieces(split, advance)))), tokenizer):
             put(ids)
             total += len(ids)
         _to_disk(file)
     if documents == 0:
         raise UsageError(f"data = {corpus.name}: its {split} split is empty; give more text")
+    if words and corpus.published_words(split) not in (None, words.words):
+        _say(
+            f"{corpus.name}, {split}: {words.words:,} words where the published split has "
+            f"{corpus.published_words(split):,}; figures on it cannot be set beside published ones"
+        )
     meta = {
         "version": VERSION,
         "corpus": corpus.name,
@@ -267,7 +289,9 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
         "bytes": size,
         "words": words.words if words is not None else None,
         "documents": documents,
+        "source": corpus.source,
         "content_sha256": content.hexdigest(),
+        "written_ns": (folder / "tokens.bin").stat().st_mtime_ns,
         "sha256": checksum.hexdigest(),
     }
     with (folder / "meta.json").open("wb") as file:

@@ -163,7 +163,9 @@ def gpt2_tokenizer(ranks: Path | None, source: Path | None, kept: Path) -> Token
                 f"ranks = {named}: give r50k_base.tiktoken, or a folder with it or encoder.json and vocab.bpe"
             )
     else:
-        found = at_hand or (_ranks_in(source) if source is not None else None) or _downloaded_ranks()
+        found = (
+            at_hand or (_ranks_in(source) if source is not None and source.is_dir() else None) or _downloaded_ranks()
+        )
     if at_hand is None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f".{kept.name}.{os.getpid()}")

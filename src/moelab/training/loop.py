@@ -270,6 +270,8 @@ class Trainer:
             "batches_sha256": progress.batches_digest,
             "data": {
                 "name": self.text.name,
+                "form": self.text.form,
+                "source": self.text.source,
                 "fingerprint": self.text.fingerprint,
                 "tokenizer": self.text.tokenizer.name,
                 "train_tokens": self.text.splits["train"].scored,
