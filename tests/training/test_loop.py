@@ -38,10 +38,10 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sends this process Ctrl-C's signal while a step is under way."""
     take_step = Trainer._step
 
-    def step_and_signal(self: Trainer) -> None:
+    def step_and_signal(self: Trainer, windows: torch.Tensor) -> None:
         if self.progress.step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        take_step(self)
+        take_step(self, windows)
 
     monkeypatch.setattr(Trainer, "_step", step_and_signal)
 

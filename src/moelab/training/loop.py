@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from moelab.evaluation import Score, score
 from moelab.experts import check_backend
 from moelab.model import GPT
 from moelab.text import PreparedText, prepare
-from moelab.training.batches import Batches, chain_digest
+from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from moelab.training.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.training.optimizer import learning_rate, make_optimizer
@@ -220,11 +220,12 @@ class Trainer:
     def run(self) -> None:
         """Trains to the last step."""
         training = self.config.training
-        with self._progress_bar() as advance, self._signals():
+        with self._progress_bar() as advance, self._signals(), contextlib.closing(self._windows()) as ahead:
             self._warm_up()
             clock = time.perf_counter()
-            while self.progress.step < training.steps:
-                self._step()
+            for windows, digest in ahead:
+                self._step(windows)
+                self.progress.batches_digest = digest
                 done = self.progress.step
                 last, stopping = done == training.steps, self.stop.is_set()
                 evaluate = last or done % training.evaluation_interval == 0
@@ -283,16 +284,18 @@ class Trainer:
         write_aside(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _step(self) -> None:
+    def _windows(self) -> Generator[tuple[torch.Tensor, str]]:
+        steps = range(self.progress.step, self.config.training.steps)
+        return prefetched(self.batches, steps, self.progress.batches_digest, self.device)
+
+    def _step(self, windows: torch.Tensor) -> None:
         training, moe = self.config.training, self.config.model.moe
         rate = learning_rate(self.progress.step, training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         step_loss = torch.zeros((), device=self.device)
-        windows = self.batches.windows(self.progress.step)
-        self.progress.batches_digest = chain_digest(self.progress.batches_digest, windows)
         for ids, targets in self.batches.micro_batches(windows):
-            out = self._forward(ids, targets)
+            out = self.forward(ids, targets)
             loss = out.loss
             if moe is not None:
                 loss = loss + moe.balance_loss * out.balance_loss + moe.z_loss * out.z_loss
@@ -311,16 +314,11 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
 
-    def _forward(self, ids: torch.Tensor, targets: torch.Tensor) -> Any:
-        if self.device.type == "cuda":
-            ids, targets = ids.pin_memory(), targets.pin_memory()
-        return self.forward(ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True))
-
     def _warm_up(self) -> None:
         """Compiles and picks kernels on the first batch, before the clock starts; changes nothing."""
         if self.progress.step < self.config.training.steps:
-            ids, targets = next(self.batches.micro_batches(self.batches.windows(self.progress.step)))
-            out = self._forward(ids, targets)
+            windows = self.batches.windows(self.progress.step).to(self.device)
+            out = self.forward(*next(self.batches.micro_batches(windows)))
             (out.loss + out.balance_loss + out.z_loss).backward()
             self.optimizer.zero_grad(set_to_none=True)
             synchronize(self.device)
