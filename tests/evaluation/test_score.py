@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.config import ModelConfig, MoEConfig, UsageError
+from moelab.config import DataConfig, ModelConfig, MoEConfig, UsageError
 from moelab.evaluation import Score, score
 from moelab.evaluation.score import windows
 from moelab.model import GPT
 from moelab.presets import arm_model
+from moelab.text import prepare
+from moelab.text.tokenizer import bytes_tokenizer
 
 MODEL = ModelConfig(layers=2, heads=2, width=16, context=12, vocabulary=64)
 
@@ -108,3 +111,22 @@ def test_scoring_leaves_the_model_in_training_mode_if_it_was() -> None:
     model = GPT(MODEL).train()
     score(model, split(30))
     assert model.training
+
+
+def test_on_wikitext_103s_test_split_every_tokenizer_is_measured_on_the_same_bytes_and_words(shared_data: Path) -> None:
+    """The official split: log2(word perplexity) · words = bits per byte · bytes, whatever the tokens are."""
+    source = shared_data / "wikitext-103"
+    for tokenizer in (None, bytes_tokenizer()):
+        data = DataConfig(data="wikitext-103", source=source, ranks=shared_data / "gpt2-bpe")
+        text = prepare(data, splits=("test",), tokenizer=tokenizer)
+        vocabulary = text.tokenizer.vocabulary
+        model = GPT(ModelConfig(layers=1, heads=1, width=2, context=64, vocabulary=vocabulary), seed=0)
+        found = score(model, text.splits["test"], "test")
+        assert (found.words, found.bytes) == (245_569, 1_281_077)
+        assert found.tokens == len(text.splits["test"].tokens) - 1
+        assert found.word_perplexity is not None
+        bits = found.bits_per_byte * found.bytes
+        assert math.log2(found.word_perplexity) * found.words == pytest.approx(bits, rel=1e-12)
+        assert bits * math.log(2) == pytest.approx(found.loss * found.tokens, rel=1e-12)
+        # A model that knows nothing: its loss is that of a guess, on every token.
+        assert found.loss == pytest.approx(math.log(vocabulary), rel=0.01)

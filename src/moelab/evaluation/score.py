@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from moelab.config import require
+from moelab.device import keep_freed_memory
 from moelab.model import GPT
 from moelab.text import Split
 
@@ -115,6 +116,8 @@ def score(
     stride = context if stride is None else stride
     require(1 <= stride <= context, "stride", stride, f"give 1 to {context}, the context")
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_freed_memory()  # or the logits of every batch are given back to the system and asked for again
     budget = 2**28 if device.type == "cuda" else 2**24  # logits held at once
     batch_size = batch_size or max(1, min(64, budget // (context * vocabulary)))
     was_training = model.training
