@@ -1,9 +1,10 @@
 # make demo    install, then train dense and MoE models on this Python's own standard library and write the report
-# make test    install with the test extra, then lint, type-check and run every test
+# make test    install with the test extra, then lint, type-check and run every test but those that train for minutes
+# make test-long    those
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,9 @@ lint: .venv/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-long: .venv/.installed-test
+	$(BIN)/python -m pytest -m long
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -91,7 +91,7 @@ def measure(data: DataConfig, home: Path) -> None:
     print(f"{megabytes:,.0f} MB of text, {sum(s.documents for s in text.splits.values()):,} documents")
     print(f"prepared in {seconds:.1f} s: {tokens:,} tokens, {tokens / seconds / 1e6:.2f} M tokens/s")
     print(f"{cpu:.1f} s of CPU time, {cpu / seconds:.2f} cores busy, {tokens / cpu / 1e6:.2f} M tokens a CPU-second")
-    print(f"opened again in {again:.2f} s, checksums included")
+    print(f"opened again in {again:.2f} s")
     print(f"peak memory {peak_megabytes():,.0f} MB, of which {before:,.0f} MB before it began")
 
 
