@@ -49,15 +49,41 @@ class MoEConfig:
     top_k: int = 2
     """Experts that each token is sent to (K)."""
     expert_hidden: int | None = None
-    """Hidden size of one expert (F); 4 × width when not given."""
+    """Hidden size of one expert (F); that of the dense feed-forward when not given."""
+    expert_multiple: float | None = None
+    """Hidden size of one expert as a multiple of the width D, instead of --expert-hidden."""
+    match: Literal["active", "total", "flops"] | None = None
+    """Solve the experts' hidden size so that the arm moe has the active or total parameters, or the FLOPs, of dense."""
+    shared_experts: int = 0
+    """Experts that every token passes besides (DeepSeekMoE), of the same hidden size; their sum has weight 1."""
     moe_layers: str = "every"
     """Which layers are MoE: "every", "every 2nd" (the 2nd, 4th, …), or a list such as "1,3" (the first is 0)."""
-    normalize_weights: bool = True
-    """Divide the weights of a token's K experts by their sum."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """An expert's score: softmax over all experts (Shazeer et al. 2017), or a sigmoid of its own (DeepSeek-V3)."""
+    normalize: Literal["chosen", "all", "none"] = "chosen"
+    """Weights are scores divided by the sum over the K chosen (select, then normalise), over all experts (normalise,
+    then select), or not divided; for softmax the last two are one."""
+    score_scale: float = 1.0
+    """Factor of the weights."""
+    learned_scale: bool = False
+    """Learn that factor, one for each layer, from --score-scale on."""
     balance_loss: float = 0.01
     """Coefficient of the balance loss (Switch Transformer), summed over layers; 0 turns it off."""
+    balance_scope: Literal["sequence", "micro-batch", "step"] = "micro-batch"
+    """Over what the balance loss counts an expert's load: each sequence (DeepSeek-V3's sequence-wise loss), the
+    micro-batch of all ranks, or the micro-batches of the optimizer step so far."""
     z_loss: float = 0.0
     """Coefficient of the router z-loss (ST-MoE), summed over layers; 0 turns it off."""
+    bias_rate: float = 0.0
+    """Balance without a loss (DeepSeek-V3; 0.001 there): how much a step moves the bias that an expert is selected
+    with; 0 turns it off."""
+    capacity_factor: float | None = None
+    """Most slots of an expert in a micro-batch, as a multiple of T·K/E; those past it are dropped. Dropless when not
+    given."""
+    drop: Literal["score", "position"] = "score"
+    """Which slots an expert keeps where it has too many: those of the highest weight, or the first in the text."""
+    drop_in_evaluation: bool = False
+    """Keep the capacity in evaluation too, which is dropless otherwise."""
     backend: str = "auto"
     """How the experts are computed; `moelab info` lists the ways."""
 
@@ -66,14 +92,18 @@ class MoEConfig:
         require(
             1 <= self.top_k <= self.experts, "top-k", self.top_k, f"give 1 to {self.experts}, the number of experts"
         )
-        require(
-            self.expert_hidden is None or self.expert_hidden >= 1,
-            "expert-hidden",
-            self.expert_hidden,
-            "give 1 or more, or leave it out for 4 × width",
-        )
-        for name in ("balance_loss", "z_loss"):
+        for name in ("expert_hidden", "expert_multiple", "capacity_factor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, flag(name), value, "give more than 0, or leave it out")
+        given = [name for name in ("expert_hidden", "expert_multiple", "match") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{flag(given[1])} = {getattr(self, given[1])}: leave it or --{flag(given[0])} out")
+        for name in ("balance_loss", "z_loss", "bias_rate"):
             require(getattr(self, name) >= 0, flag(name), getattr(self, name), "give 0 (off) or more")
+        require(self.shared_experts >= 0, "shared-experts", self.shared_experts, "give 0 (none) or more")
+        require(self.score_scale > 0, "score-scale", self.score_scale, "give more than 0")
+        if self.normalize == "none":
+            require(self.scores == "sigmoid", "normalize", "none", "softmax is normalised already; give all or chosen")
         layer_pattern(self.moe_layers, layers=None)
 
 
@@ -154,7 +184,11 @@ class ModelConfig:
         """Hidden size F of one expert. Raises `UsageError` on a dense model."""
         if self.moe is None:
             raise UsageError("moe = None: a dense model has no experts")
-        return self.moe.expert_hidden or 4 * self.width
+        if self.moe.match is not None:
+            raise UsageError(f"match = {self.moe.match}: presets.arm_model solves it; give expert-hidden")
+        if self.moe.expert_multiple is not None:
+            return max(1, round(self.moe.expert_multiple * self.width))
+        return self.moe.expert_hidden or self.hidden_size
 
     @property
     def moe_layers(self) -> frozenset[int]:
@@ -220,12 +254,15 @@ class TrainingConfig:
     """Steps between evaluations on the whole validation split; there is always one at the end."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
+    routing_interval: int = 50
+    """Steps between measurements of the routing in metrics.jsonl, beside each expert's load."""
     checkpoint_interval: int = 500
     """Steps between checkpoints; there is always one at the end."""
 
     def __post_init__(self) -> None:
         positive = (
-            "steps", "batch_size", "accumulation", "evaluation_interval", "log_interval", "checkpoint_interval",
+            "steps", "batch_size", "accumulation", "evaluation_interval", "log_interval", "routing_interval",
+            "checkpoint_interval",
         )  # fmt: skip
         for name in positive:
             require(getattr(self, name) >= 1, flag(name), getattr(self, name), "give 1 or more")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moelab.config import DataConfig, ModelConfig, MoEConfig, TrainingConfig, UsageError
+from moelab.config import DataConfig, ModelConfig, MoEConfig, TrainingConfig, UsageError, require
+from moelab.meters import count_parameters, flops_per_token
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,46 @@ def preset(name: str) -> Preset:
 def arm_model(arm: str, model: ModelConfig, moe: MoEConfig) -> ModelConfig:
     """The model of one arm, from the dense model and the experts of the comparison.
 
-    Raises `UsageError` on an unknown arm, or where `moe-matched` needs a hidden size that top-k does not divide.
+    Raises `UsageError` on an unknown arm, or where `moe-matched` needs a hidden size that top-k does not divide, or
+    `match` one that is less than 1.
     """
     dense = replace(model, moe=None)
-    expert_hidden = moe.expert_hidden or dense.hidden_size
     match arm:
         case "dense":
             return dense
         case "moe":
-            return replace(dense, moe=replace(moe, expert_hidden=expert_hidden))
+            return replace(dense, moe=_sized(moe, _expert_hidden(dense, moe)))
         case "dense-wide":
-            return replace(dense, hidden=moe.top_k * expert_hidden)
+            return replace(dense, hidden=(moe.top_k + moe.shared_experts) * _expert_hidden(dense, moe))
         case "moe-matched":
-            if dense.hidden_size % moe.top_k:
+            used = moe.top_k + moe.shared_experts
+            if dense.hidden_size % used:
+                shared = f" + {moe.shared_experts} shared experts" if moe.shared_experts else ""
                 raise UsageError(
-                    f"top-k = {moe.top_k}: moe-matched needs a top-k that divides the hidden size {dense.hidden_size}"
+                    f"top-k = {moe.top_k}: moe-matched needs a top-k{shared} that divides the hidden size "
+                    f"{dense.hidden_size}"
                 )
-            return replace(dense, moe=replace(moe, expert_hidden=dense.hidden_size // moe.top_k))
+            return replace(dense, moe=_sized(moe, dense.hidden_size // used))
     raise UsageError(f"arm = {arm}: give one of {', '.join(ARMS)}")
+
+
+def _sized(moe: MoEConfig, hidden: int) -> MoEConfig:
+    return replace(moe, expert_hidden=hidden, expert_multiple=None, match=None)
+
+
+def _expert_hidden(dense: ModelConfig, moe: MoEConfig) -> int:
+    """Hidden size of the experts of the arm `moe`."""
+    if moe.match is None:
+        return replace(dense, moe=moe).expert_hidden_size
+
+    def size(model: ModelConfig) -> int:
+        counts = count_parameters(model)
+        return {"active": counts.active, "total": counts.total, "flops": flops_per_token(model)}[str(moe.match)]
+
+    # Each is linear in F: two points give the line, and F is where it meets dense's.
+    one, two = (size(replace(dense, moe=_sized(moe, hidden))) for hidden in (1, 2))
+    hidden = 1 + round((size(dense) - one) / (two - one))
+    require(
+        hidden >= 1, "match", moe.match, "the experts would have no hidden units; give fewer experts or a smaller top-k"
+    )
+    return hidden

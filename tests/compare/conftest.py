@@ -16,7 +16,7 @@ import pytest
 from moelab.compare import Comparison
 from moelab.compare.plan import PlannedRun
 from moelab.config import MoEConfig, TrainingConfig
-from moelab.training.meters import count_parameters, flops_per_token
+from moelab.meters import count_parameters, flops_per_token
 
 VOCABULARY = 4096
 ADVANTAGE = {"dense": 0.0, "moe": -0.12, "dense-wide": -0.07, "moe-matched": -0.05}

@@ -180,7 +180,7 @@ def test_losses_are_apart_and_the_reported_one_is_cross_entropy_alone() -> None:
     by_hand = -torch.log_softmax(model(ids).logits, -1).gather(-1, targets[..., None]).mean()
     torch.testing.assert_close(out.loss, by_hand)
     torch.testing.assert_close(model(ids, targets, reduction="none").loss.mean(), by_hand)
-    assert out.expert_load.shape == (3, 4)
+    assert out.expert_counts.shape == (3, 4)
 
 
 def test_only_the_layers_that_the_pattern_names_are_moe() -> None:

@@ -23,7 +23,7 @@ from moelab.model.attention import Attention, KVCache, linear
 from moelab.model.feed_forward import FeedForward
 from moelab.model.moe import MoE
 from moelab.model.norm import Norm
-from moelab.model.router import Routed
+from moelab.model.router import Routed, Router
 
 STANDARD_DEVIATION = 0.02  # GPT-2's
 
@@ -40,8 +40,12 @@ class Output:
     """() fp32, summed over the MoE layers; 0 for a dense model."""
     z_loss: torch.Tensor
     """() fp32, summed over the MoE layers; 0 for a dense model."""
-    expert_load: torch.Tensor | None
-    """(MoE layers, E) fp32, each expert's share of the routed slots; None for a dense model."""
+    expert_counts: torch.Tensor | None
+    """(MoE layers, E) int64, slots routed to each expert, dropped ones included; None for a dense model."""
+    dropped: torch.Tensor | None
+    """(MoE layers,) fp32, share of the slots that were dropped; None where there is no capacity."""
+    routed: list[Routed]
+    """What each MoE layer's router decided, where that was asked for; else empty."""
 
 
 class Block(nn.Module):
@@ -103,11 +107,18 @@ class GPT(nn.Module):
                 parameter.zero_()
             elif "norm" in name:
                 parameter.fill_(1)
+            elif leaf == "scale" and self.config.moe is not None:
+                parameter.fill_(self.config.moe.score_scale)
             else:
                 draw = hashlib.sha256(f"{seed} {name.replace('.experts.', '.')}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
                 deviation = residual if leaf == "w_out" else STANDARD_DEVIATION
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of the MoE layers, in order."""
+        return [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` texts."""
@@ -120,6 +131,7 @@ class GPT(nn.Module):
         *,
         reduction: Literal["mean", "none"] = "mean",
         cache: KVCache | None = None,
+        keep_routing: bool = False,
     ) -> Output:
         """Logits of the next tokens, or, with targets, their loss.
 
@@ -129,6 +141,7 @@ class GPT(nn.Module):
                 the text gives ids = text[:-1] and targets = text[1:].
             reduction: "mean" over all B·C tokens, or "none".
             cache: of the tokens before `ids`; it is extended.
+            keep_routing: return the routers' decisions too, which are (T, E) tensors of every MoE layer.
 
         Raises:
             ValueError: more tokens than the context.
@@ -156,10 +169,13 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction=reduction)
             loss = loss.view_as(ids) if reduction == "none" else loss
         none = torch.zeros((), device=ids.device)
+        drops = self.config.moe is not None and self.config.moe.capacity_factor is not None
         return Output(
             logits=logits if targets is None else None,
             loss=loss,
             balance_loss=sum((r.balance_loss for r in routed), none),
             z_loss=sum((r.z_loss for r in routed), none),
-            expert_load=torch.stack([r.load for r in routed]) if routed else None,
+            expert_counts=torch.stack([r.counts for r in routed]) if routed else None,
+            dropped=torch.stack([(r.indices < 0).float().mean() for r in routed]) if drops and routed else None,
+            routed=routed if keep_routing else [],
         )

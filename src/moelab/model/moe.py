@@ -1,6 +1,8 @@
-"""The Mixture-of-Experts feed-forward: a router, and experts that `expert_mlp` computes. Dropless."""
+"""The Mixture-of-Experts feed-forward: a router, experts that `expert_mlp` computes, and shared experts."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 from moelab.config import ModelConfig, MoEConfig
 from moelab.experts import expert_mlp
 from moelab.experts.activation import inner_size
+from moelab.model.feed_forward import FeedForward
 from moelab.model.router import Routed, Router
 
 
@@ -32,14 +35,17 @@ class MoE(nn.Module):
         self.activation, self.backend = config.activation, moe.backend
         self.router = Router(config.width, moe)
         self.experts = Experts(config, moe.experts)
+        shared = replace(config, hidden=moe.shared_experts * config.expert_hidden_size) if moe.shared_experts else None
+        self.shared = FeedForward(shared) if shared is not None else None
 
     def forward(self, x_BCD: torch.Tensor) -> tuple[torch.Tensor, Routed]:
         """(B, C, D) → (B, C, D), and what the router decided for the B·C tokens."""
         x_TD = x_BCD.reshape(-1, x_BCD.shape[-1])
-        routed = self.router(x_TD)
+        routed = self.router(x_BCD)
         e = self.experts
         y_TD = expert_mlp(
             x_TD, routed.weights, routed.indices, e.w_in, e.w_out, e.b_in, e.b_out,
             activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        return y_TD.view_as(x_BCD), routed
+        y_BCD = y_TD.view_as(x_BCD)
+        return (y_BCD if self.shared is None else y_BCD + self.shared(x_BCD)), routed

@@ -37,11 +37,12 @@ from moelab.device import (
 )
 from moelab.evaluation import Score, score
 from moelab.experts import check_backend
+from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
+from moelab.model.router import expert_load
 from moelab.text import PreparedText, prepare
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
-from moelab.training.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.training.optimizer import learning_rate, make_optimizer
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
@@ -165,7 +166,7 @@ class Window:
     gradient_norms: list[torch.Tensor] = field(default_factory=list)
     balance_losses: list[torch.Tensor] = field(default_factory=list)
     z_losses: list[torch.Tensor] = field(default_factory=list)
-    expert_loads: list[torch.Tensor] = field(default_factory=list)
+    expert_counts: list[torch.Tensor] = field(default_factory=list)
 
 
 class Trainer:
@@ -301,7 +302,7 @@ class Trainer:
                 loss = loss + moe.balance_loss * out.balance_loss + moe.z_loss * out.z_loss
                 self.window.balance_losses.append(out.balance_loss.detach())
                 self.window.z_losses.append(out.z_loss.detach())
-                self.window.expert_loads.append(out.expert_load)
+                self.window.expert_counts.append(out.expert_counts)
             self.scaler.scale(loss / training.accumulation).backward()
             step_loss += out.loss.detach() / training.accumulation
         self.scaler.unscale_(self.optimizer)
@@ -339,10 +340,10 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": norms[-1] if math.isfinite(norms[-1]) else None,
         }
-        if window.expert_loads:
+        if window.expert_counts:
             line["balance_loss"] = torch.stack(window.balance_losses).mean().item()
             line["z_loss"] = torch.stack(window.z_losses).mean().item()
-            load = torch.stack(window.expert_loads).mean(0).tolist()
+            load = expert_load(torch.stack(window.expert_counts).sum(0)).tolist()
             line["expert_load"] = [[round(share, 5) for share in layer] for layer in load]
         return line
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from moelab.config import ModelConfig, MoEConfig
+from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
 from moelab.presets import PRESETS, arm_model
-from moelab.training.meters import count_parameters, flops_per_token, model_flops_utilization
 
 MODELS = st.builds(
     ModelConfig,

@@ -26,9 +26,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
     for layer in range(config.layers):
         if moe is not None and layer in config.moe_layers:
             expert = _feed_forward_parameters(config, config.expert_hidden_size)
-            router = moe.experts * width
-            total += moe.experts * expert + router
-            active += moe.top_k * expert + router
+            always = moe.experts * width + (1 if moe.learned_scale else 0)  # the router
+            if moe.shared_experts:  # side by side, with one output bias
+                always += _feed_forward_parameters(config, moe.shared_experts * config.expert_hidden_size)
+            total += moe.experts * expert + always
+            active += moe.top_k * expert + always
         else:
             dense = _feed_forward_parameters(config, config.hidden_size)
             total += dense
@@ -57,7 +59,8 @@ def flops_per_token(config: ModelConfig) -> int:
     weights = config.layers * 4 * width * width + config.vocabulary * width
     for layer in range(config.layers):
         if moe is not None and layer in config.moe_layers:
-            weights += moe.top_k * matrices * width * config.expert_hidden_size + moe.experts * width
+            used = moe.top_k + moe.shared_experts
+            weights += used * matrices * width * config.expert_hidden_size + moe.experts * width
         else:
             weights += matrices * width * config.hidden_size
     return 6 * weights + 12 * config.layers * config.context * width
