@@ -30,6 +30,9 @@ MODELS = st.builds(
         experts=st.just(4),
         top_k=st.integers(1, 4),
         moe_layers=st.sampled_from(["every", "0"]),
+        shared_experts=st.integers(0, 2),
+        learned_scale=st.booleans(),
+        bias_rate=st.sampled_from([0.0, 0.1]),
         backend=st.just("reference"),  # of products that PyTorch counts
     ),
 )

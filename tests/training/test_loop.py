@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moelab.config import RunConfig, RunFailed, UsageError
+from moelab.config import MoEConfig, RunConfig, RunFailed, UsageError
 from moelab.training import load, train
 from moelab.training.loop import Interrupted, Trainer, first_difference, padded_vocabulary
 
@@ -46,12 +46,17 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "_step", step_and_signal)
 
 
-@pytest.mark.parametrize("arm", ["dense", "moe"])
+STATEFUL = MoEConfig(
+    experts=4, top_k=2, bias_rate=0.01, balance_scope="step", capacity_factor=1.0, learned_scale=True, scores="sigmoid"
+)
+
+
+@pytest.mark.parametrize(("arm", "moe"), [("dense", None), ("moe", None), ("moe", STATEFUL)], ids=["0", "1", "2"])
 @pytest.mark.parametrize("cut", [1, 5, 8])
 def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
-    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, cut: int
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str, moe: MoEConfig | None, cut: int
 ) -> None:
-    run = tiny_run(arm, accumulation=2)
+    run = tiny_run(arm, moe=moe, accumulation=2)
     whole = train(run, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_at(patch, cut)
@@ -171,6 +176,26 @@ def test_expert_load_is_a_share_for_each_expert_of_each_layer(tiny_run: MakeRun,
     for line in metrics(tmp_path / "run"):
         assert [len(layer) for layer in line["expert_load"]] == [4, 4]
         assert [sum(layer) for layer in line["expert_load"]] == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_the_routing_is_measured_at_its_interval_and_at_the_end(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_run("moe", moe=STATEFUL, routing_interval=5)
+    train(run, tmp_path / "run")
+    lines = {line["step"]: line for line in metrics(tmp_path / "run")}
+    assert [step for step, line in lines.items() if "routing" in line] == [5, 10, 12]
+    assert all(len(line["dropped"]) == 2 for line in lines.values())
+    assert 0 < max(lines[10]["routing"]["dropped"]) < 1
+    assert [len(layer) for layer in lines[12]["routing"]["load"]] == [4, 4]
+    train(tiny_run("dense", routing_interval=5), tmp_path / "dense")
+    assert not any("routing" in line for line in metrics(tmp_path / "dense"))
+
+
+def test_measuring_the_routing_changes_nothing_that_is_trained(tiny_run: MakeRun, tmp_path: Path) -> None:
+    for interval in (1, 100):
+        train(tiny_run("moe", moe=STATEFUL, routing_interval=interval), tmp_path / str(interval))
+    left, right = weights(tmp_path / "1"), weights(tmp_path / "100")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert left["blocks.0.feed_forward.router.selection_bias"].abs().sum() > 0
 
 
 def test_load_gives_the_model_that_was_scored(tiny_run: MakeRun, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from moelab.config import ModelConfig
 from moelab.model.attention import Attention, KVCache, linear
 from moelab.model.feed_forward import FeedForward
-from moelab.model.moe import MoE
+from moelab.model.moe import Experts, MoE
 from moelab.model.norm import Norm
 from moelab.model.router import Routed, Router
 
@@ -119,6 +119,11 @@ class GPT(nn.Module):
     def routers(self) -> list[Router]:
         """Those of the MoE layers, in order."""
         return [block.feed_forward.router for block in self.blocks if isinstance(block.feed_forward, MoE)]
+
+    @property
+    def experts(self) -> list[Experts]:
+        """The routed experts of the MoE layers, in order."""
+        return [block.feed_forward.experts for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` texts."""

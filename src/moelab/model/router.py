@@ -96,16 +96,15 @@ class Router(nn.Module):
             indices_TK = torch.where(kept, indices_TK, -1)
         return Routed(weights_TK, indices_TK, balance, z_loss(logits_TE), counts_E, logits_TE, p_TE)
 
-    @torch.no_grad()
-    def move_bias(self, counts_E: torch.Tensor) -> None:
-        """Moves the bias of selection after an optimizer step, whose slots of all micro-batches and ranks these are.
 
-        b_e ← b_e + rate · sign(mean(c) − c_e) (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", algorithm 1;
-        DeepSeek-V3, section 2.1.2).
-        """
-        if self.selection_bias is not None:
-            c = counts_E.to(self.selection_bias.dtype)
-            self.selection_bias += self.config.bias_rate * torch.sign(c.mean() - c)
+def bias_step(counts_LE: torch.Tensor, rate: float) -> torch.Tensor:
+    """(L, E) int64, slots of an optimizer step → (L, E) fp32: how far each layer's biases of selection move after it.
+
+    rate · sign(mean(c) − c_e) (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing", algorithm 1; DeepSeek-V3,
+    section 2.1.2). In integers, E · c_e against Σ c, so that a balanced expert does not move.
+    """
+    experts = counts_LE.shape[1]
+    return rate * torch.sign(counts_LE.sum(1, keepdim=True) - experts * counts_LE).float()
 
 
 def highest(scores_TE: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -115,7 +114,7 @@ def highest(scores_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     faster than a stable sort for small K (1.6 against 13.5 ms for K = 2 of T = 8,192, E = 64 on a CPU).
     """
     if top_k > 8:
-        return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :top_k]
+        return torch.sort(scores_TE, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen = []
     for k in range(top_k):
         best_T1 = scores_TE.argmax(-1, keepdim=True)

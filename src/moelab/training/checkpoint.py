@@ -1,7 +1,7 @@
 """Checkpoints: weights, optimizer and random state as safetensors and JSON.
 
     checkpoints/step-00000500/
-        model.safetensors        fp32 parameters by name
+        model.safetensors        fp32 parameters by name, and the routers' biases of selection
         optimizer.safetensors    AdamW's moments, by moment and parameter name, and the generators' states
         state.json               step, counters, and the SHA-256 of the two files
 
@@ -58,7 +58,7 @@ def save_checkpoint(run: Path, model: GPT, optimizer: torch.optim.Optimizer, pro
     place, aside = folder / f"step-{progress.step:08d}", folder / f".writing-{progress.step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, aside / "model.safetensors")
+    save_file({n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}, aside / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
     files = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
     (aside / "state.json").write_text(json.dumps({"progress": asdict(progress), "sha256": files}, indent=2) + "\n")
@@ -162,7 +162,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _fill_model(model: nn.Module, weights: dict[str, torch.Tensor], place: Path) -> None:
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -171,8 +171,8 @@ def _fill_model(model: nn.Module, weights: dict[str, torch.Tensor], place: Path)
                 f"{wanted.get(name, 'absent')} here; give the settings that it was trained with, or another --out"
             )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(weights[name])
 
 
 def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:

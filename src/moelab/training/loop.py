@@ -35,19 +35,21 @@ from moelab.device import (
     resolve_device,
     synchronize,
 )
-from moelab.evaluation import Score, score
+from moelab.evaluation import Score, routing, score
 from moelab.experts import check_backend
 from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
 from moelab.model.router import expert_load
 from moelab.text import PreparedText, prepare
+from moelab.training.balance import Balancer
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from moelab.training.optimizer import learning_rate, make_optimizer
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
 MAY_DIFFER = frozenset(
-    f"training.{name}" for name in ("device", "compile", "evaluation_interval", "log_interval", "checkpoint_interval")
+    f"training.{name}"
+    for name in ("device", "compile", "evaluation_interval", "log_interval", "routing_interval", "checkpoint_interval")
 ) | {"model.moe.backend", "data.source", "data.ranks"}
 
 
@@ -167,6 +169,7 @@ class Window:
     balance_losses: list[torch.Tensor] = field(default_factory=list)
     z_losses: list[torch.Tensor] = field(default_factory=list)
     expert_counts: list[torch.Tensor] = field(default_factory=list)
+    dropped: list[torch.Tensor] = field(default_factory=list)
 
 
 class Trainer:
@@ -209,6 +212,7 @@ class Trainer:
                 self.console.print(f"going on from step {progress.step:,} of {self.config.training.steps:,}")
                 if progress.loss_scale is not None and self.scaler.is_enabled():
                     self.scaler.load_state_dict(progress.loss_scale)
+        self.balancer = Balancer(self.model)
         self.text.tokenizer.save(self.folder / "tokenizer")
         write_aside(self.folder / "config.json", self.config.to_json())
         self._keep_metrics_until(self.progress.step)
@@ -230,9 +234,12 @@ class Trainer:
                 done = self.progress.step
                 last, stopping = done == training.steps, self.stop.is_set()
                 evaluate = last or done % training.evaluation_interval == 0
+                measure = self.config.model.moe is not None and (last or done % training.routing_interval == 0)
                 checkpoint = last or done % training.checkpoint_interval == 0 or stopping
-                if evaluate or checkpoint or done % training.log_interval == 0:
+                if evaluate or checkpoint or measure or done % training.log_interval == 0:
                     line = self._read_window()
+                    if measure:
+                        line["routing"] = routing(self.model, next(self.batches.micro_batches(windows))[0])
                     synchronize(self.device)
                     self.progress.seconds += time.perf_counter() - clock
                     if evaluate:
@@ -303,6 +310,9 @@ class Trainer:
                 self.window.balance_losses.append(out.balance_loss.detach())
                 self.window.z_losses.append(out.z_loss.detach())
                 self.window.expert_counts.append(out.expert_counts)
+                if out.dropped is not None:
+                    self.window.dropped.append(out.dropped)
+                self.balancer.add(out.expert_counts)
             self.scaler.scale(loss / training.accumulation).backward()
             step_loss += out.loss.detach() / training.accumulation
         self.scaler.unscale_(self.optimizer)
@@ -310,6 +320,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.balancer.step()
         self.window.losses.append(step_loss)
         self.window.gradient_norms.append(norm.detach())
         self.progress.step += 1
@@ -345,6 +356,8 @@ class Trainer:
             line["z_loss"] = torch.stack(window.z_losses).mean().item()
             load = expert_load(torch.stack(window.expert_counts).sum(0)).tolist()
             line["expert_load"] = [[round(share, 5) for share in layer] for layer in load]
+        if window.dropped:
+            line["dropped"] = torch.stack(window.dropped).mean(0).tolist()
         return line
 
     def _fail(self, step: int, what: str) -> None:
