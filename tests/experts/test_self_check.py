@@ -64,3 +64,11 @@ def test_trying_a_backend_leaves_the_random_state_and_the_gradient_mode_alone() 
         assert self_check.failure(reference, CPU) is None
         assert torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_choice_of_a_backend_is_marked_as_pytorch_marks_a_constant() -> None:
+    def other() -> None: ...
+
+    marks = vars(torch.compiler.assume_constant_result(other))
+    assert marks
+    assert marks.items() <= vars(mlp._chosen).items()

@@ -111,12 +111,16 @@ def check_backend(name: str, device: torch.device) -> None:
             raise UsageError(f"backend = {name}: {found.reason}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a backend is tried outside the graph
 def _chosen(name: str, device: torch.device) -> str:
     check_backend(name, device)
     if name == "auto":
         return next(known for known in BACKENDS if availability(known, device).usable)
     return name
+
+
+# A backend is tried outside the graph. This is all that torch.compiler.assume_constant_result does, which imports
+# torch._dynamo for it: nearly a second of every command's start.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(
