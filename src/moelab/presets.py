@@ -88,23 +88,61 @@ def arm_model(arm: str, model: ModelConfig, moe: MoEConfig) -> ModelConfig:
     raise UsageError(f"arm = {arm}: give one of {', '.join(ARMS)}")
 
 
+@dataclass(frozen=True)
+class Match:
+    """What `--match` solved: the experts' hidden size F at which the arm moe comes nearest to dense."""
+
+    match: str
+    """active, total or flops."""
+    hidden: int
+    target: int
+    """Dense's count outside of the embeddings and the head, which all arms share and the text decides."""
+    reached: int
+    """The count of moe with that F."""
+
+    def __str__(self) -> str:
+        what = "FLOPs a token" if self.match == "flops" else f"{self.match} parameters"
+        off = f"{self.reached / self.target - 1:+.2%}".replace("-", "−")
+        return (
+            f"match {self.match}: experts of hidden size F = {self.hidden:,} have {self.reached:,} {what} "
+            f"for {self.target:,} of dense ({off}; embeddings and head not counted)"
+        )
+
+
+def solve_match(arm: str, model: ModelConfig, moe: MoEConfig) -> Match | None:
+    """What `match` comes to for an arm whose experts' size it decides (moe and dense-wide); None where it does not.
+
+    The counts are linear in F, so that F, rounded to the nearest whole number, is within half a hidden unit of meeting
+    the target. Raises `UsageError` where that is less than 1, or no layer is MoE.
+    """
+    if moe.match is None or arm not in ("moe", "dense-wide"):
+        return None
+    dense = replace(model, moe=None)
+
+    def size(of: ModelConfig) -> int:
+        if moe.match == "flops":
+            return flops_per_token(of) - 6 * of.vocabulary * of.width
+        counts = count_parameters(of)
+        head = 0 if of.tied_head else of.vocabulary * of.width
+        return (counts.active if moe.match == "active" else counts.total) - counts.embedding - head
+
+    def sized(hidden: int) -> int:
+        return size(replace(dense, moe=_sized(moe, hidden)))
+
+    one, unit, target = sized(1), sized(2) - sized(1), size(dense)
+    require(unit > 0, "moe-layers", repr(moe.moe_layers), f"match needs one of the {model.layers} layers to be MoE")
+    hidden = 1 + round((target - one) / unit)
+    require(
+        hidden >= 1, "match", moe.match, "the experts would have no hidden units; give fewer experts or a smaller top-k"
+    )
+    return Match(moe.match, hidden, target, sized(hidden))
+
+
 def _sized(moe: MoEConfig, hidden: int) -> MoEConfig:
     return replace(moe, expert_hidden=hidden, expert_multiple=None, match=None)
 
 
 def _expert_hidden(dense: ModelConfig, moe: MoEConfig) -> int:
     """Hidden size of the experts of the arm `moe`."""
-    if moe.match is None:
-        return replace(dense, moe=moe).expert_hidden_size
-
-    def size(model: ModelConfig) -> int:
-        counts = count_parameters(model)
-        return {"active": counts.active, "total": counts.total, "flops": flops_per_token(model)}[str(moe.match)]
-
-    # Each is linear in F: two points give the line, and F is where it meets dense's.
-    one, two = (size(replace(dense, moe=_sized(moe, hidden))) for hidden in (1, 2))
-    hidden = 1 + round((size(dense) - one) / (two - one))
-    require(
-        hidden >= 1, "match", moe.match, "the experts would have no hidden units; give fewer experts or a smaller top-k"
-    )
-    return hidden
+    solved = solve_match("moe", dense, moe)
+    return solved.hidden if solved else replace(dense, moe=moe).expert_hidden_size
