@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from moelab.config import DataConfig, ModelConfig, MoEConfig, RunConfig, RunFailed, TrainingConfig, UsageError
-from moelab.presets import ARMS, PRESETS, arm_model, preset
+from moelab.presets import ARMS, PRESETS, arm_model, preset, solve_match
 
 Parsed = TypeVar("Parsed")
 
@@ -54,7 +54,14 @@ class CompareFlags(SizeFlags):
     """Train every arm on the same tokens and report which won."""
 
     arms: str = "dense,moe,dense-wide"
-    """Arms, separated by commas; the others are compared against the first. Also: moe-matched."""
+    """Arms, separated by commas; the others are compared against the first. Also: moe-matched. "" for none of them."""
+    arm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """One more arm, NAME:key=value,…: moe, or another one by base=dense|dense-wide|moe-matched, with settings of its
+    own by their flags (scores=sigmoid,bias-rate=0.001), also as moe.scores or training.learning-rate, with which
+    min-learning-rate moves in proportion. Layers are moe-layers=1+3. Repeat it for more arms."""
+    sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Tune every arm: learning-rate=1e-4,3e-4,1e-3 trains each value at the first seed, takes the one of the lowest
+    validation loss, and the arms are compared by their test loss. Repeat it for a grid."""
     seeds: int = 1
     """Runs of each arm, with seeds --seed, --seed + 1, …; 3 or more give an interval worth reading."""
     budgets: str = "tokens"
@@ -146,6 +153,8 @@ def train(arguments: list[str]) -> None:
     if run.model.moe is None and flags.arm == "dense" and flags.moe != base.moe:
         name, value = next((n, v) for n, v in asdict(flags.moe).items() if v != asdict(base.moe)[n])
         raise UsageError(f"{name.replace('_', '-')} = {value}: the arm dense has no experts; give --arm moe")
+    if match := solve_match(flags.arm, flags.model, flags.moe):
+        print(f"moelab: {flags.arm}: {match}", file=sys.stderr)
     out = flags.out or Path({"dense": "out-baseline"}.get(flags.arm, f"out-{flags.arm}"))
     if flags.resume and (out / "config.json").exists():
         run = resumed_config(out, run, default)
@@ -155,7 +164,7 @@ def train(arguments: list[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """train every arm on the same tokens and report which won"""
-    from moelab.compare import Comparison, run_comparison
+    from moelab.compare import Comparison, parse_arm, parse_sweep, run_comparison
     from moelab.device import compute_dtype, resolve_device
     from moelab.experts import check_backend
 
@@ -170,10 +179,14 @@ def compare(arguments: list[str]) -> None:
         moe=flags.moe,
         data=flags.data,
         training=flags.training,
+        overridden=tuple(map(parse_arm, flags.arm)),
+        sweeps=tuple(map(parse_sweep, flags.sweep)),
     )
     device = resolve_device(flags.training.device)
     compute_dtype(flags.training.precision, device)
-    check_backend(flags.moe.backend, device)  # now, and not when the dense arm is trained
+    models = [comparison.model_of(arm) for arm in comparison.names]
+    for backend in dict.fromkeys([flags.moe.backend, *(model.moe.backend for model in models if model.moe)]):
+        check_backend(backend, device)  # now, and not when the dense arm is trained
     out = flags.out or Path("runs") / f"compare-{flags.preset}"
     print(run_comparison(comparison, out, command=_command("compare", arguments)))
 

@@ -89,6 +89,10 @@ BAD = {
     "train smoke --arm moe --backend fast": "backend = fast",
     "compare smoke --backend fast": "backend = fast",
     "compare smoke --device cpu --precision fp16": "precision = fp16",
+    "compare smoke --arm few:batch-size=4": "batch-size is the same for every arm of a comparison; give --batch-size",
+    "compare smoke --arm few:experts=none": "experts = none: give a whole number",
+    "compare smoke --arm other:backend=fast": "backend = fast",
+    "compare smoke --sweep learning-rate=1e-3": "sweep = learning-rate=1e-3: give two or more values",
     "compare smoke --out /proc/comparison": "/proc/comparison",
     "train smoke --heads 3": "heads = 3: give a number that divides the width 128",
     "train smoke --arm moe --top-k 9": "top-k = 9: give 1 to 8",
@@ -186,3 +190,34 @@ def test_compare_trains_each_arm_once_and_writes_the_report(
     assert moelab(*words) == 0
     assert {p: p.stat().st_mtime_ns for p in out.rglob("summary.json")} == stamps
     assert moelab("report", out) == 0
+
+
+def test_compare_tunes_arms_made_by_override_and_reports_their_test_loss(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comparison"
+    words = ["compare", "smoke", "--data", f"text:{story}", "--out", out, "--seeds", 2, *SMALL, "--arms", ""]
+    words += ["--arm", "softmax:", "--arm", "sigmoid-bias:scores=sigmoid,balance-loss=0,bias-rate=0.001,match=active"]
+    words += ["--sweep", "training.learning-rate=1e-3,1e30"]  # the second does not stay finite
+    assert moelab(*words) == 0
+    shown = capsys.readouterr().out
+    assert "sigmoid-bias: match active: experts of hidden size F = " in shown
+    results = json.loads((out / "results.json").read_text())
+    tried = {arm: [trial["val_loss"] for trial in found["tried"]] for arm, found in results["sweep"]["arms"].items()}
+    assert [losses[1] for losses in tried.values()] == [None, None]
+    for found in results["arms"].values():
+        for run in found["runs"]:
+            assert moelab("eval", out / run["folder"], "--split", "test", "--json", tmp_path / "eval.json") == 0
+            assert json.loads((tmp_path / "eval.json").read_text())["loss"] == run["test_loss"]
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("summary.json")}
+    assert len(stamps) == 4  # the chosen value's first run is the first seed's
+    capsys.readouterr()
+    assert moelab(*words) == 0
+    assert "scoring" not in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("summary.json")} == stamps
+
+
+def test_train_prints_what_match_solved(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--arm", "moe", "--match", "total", "--data", f"text:{story}", "--out", tmp_path / "run", *SMALL]
+    assert moelab("train", "smoke", *words) == 0
+    assert "moe: match total: experts of hidden size F = " in capsys.readouterr().err

@@ -14,10 +14,14 @@ from moelab.compare.plan import Comparison, PlannedRun
 from moelab.compare.report import write_report
 from moelab.compare.results import build_results
 from moelab.compare.run import Run, read_run
+from moelab.compare.sweep import Trial, choose, sweep_results
 from moelab.compare.table import print_table
 from moelab.config import UsageError
+from moelab.evaluation import score
+from moelab.text import Tokenizer, prepare
 from moelab.training import train
-from moelab.training.loop import Interrupted, finished_summary, first_difference, stored_run, write_aside
+from moelab.training.checkpoint import load
+from moelab.training.loop import Diverged, Interrupted, finished_summary, first_difference, stored_run, write_aside
 
 
 def run_comparison(comparison: Comparison, folder: Path, command: str = "", console: Console | None = None) -> Path:
@@ -28,9 +32,11 @@ def run_comparison(comparison: Comparison, folder: Path, command: str = "", cons
     equal FLOPs and seconds are as long as the cheapest arm makes them; where that changes, they are refused.)
 
     Raises:
-        UsageError: the folder cannot be written, is being written by another process, or holds a run of other
-            settings, which is then left as it was; whatever `training.train` raises.
-        RunFailed: the arms did not see the same batches or text; whatever `training.train` raises.
+        UsageError: the text of a swept comparison has no test split; the folder cannot be written, is being written by
+            another process, or holds a run of other settings, which is then left as it was; whatever `training.train`
+            raises.
+        RunFailed: the arms did not see the same batches or text; no swept value of an arm kept its loss finite;
+            whatever `training.train` raises.
         Interrupted: Ctrl-C or SIGTERM. What is finished is kept, and the run under way has its checkpoint.
     """
     console = console or Console()
@@ -55,18 +61,49 @@ def _claimed(folder: Path) -> FileLock:
 
 
 def _run(comparison: Comparison, folder: Path, command: str, console: Console) -> Path:
+    for arm in comparison.names:
+        if match := comparison.match_of(arm):
+            console.print(f"{arm}: {match}", highlight=False, soft_wrap=True)
+    trials: dict[str, list[Trial]] = {}
+    if comparison.sweeps:
+        trials = _tune(comparison, folder, command, console)
+        comparison = comparison.tuned({arm: choose(found) for arm, found in trials.items()})
     runs = _finish(comparison.runs(), folder, command, console)
     for budget in comparison.budgets[1:]:
         # The least over seeds: FLOPs do not vary, and what disturbs a clock only adds seconds.
         costs = {
             arm: min(run.spent(budget) for run in runs if run.arm == arm and run.budget == "tokens")
-            for arm in comparison.arms
+            for arm in comparison.names
         }
         runs += _finish(comparison.budget_runs(budget, costs), folder, command, console)
-    results = build_results(comparison, runs, command)
+    swept = None
+    if comparison.sweeps:
+        runs = [_with_test_loss(run, folder, comparison.training.device, console) for run in runs]
+        swept = sweep_results(comparison.sweeps, comparison.training.seed, trials, comparison.chosen)
+    results = build_results(comparison, runs, command, swept)
     write_aside(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     print_table(results, console)
     return write_report([folder])
+
+
+def _tune(comparison: Comparison, folder: Path, command: str, console: Console) -> dict[str, list[Trial]]:
+    """Tries every value for every arm that has a use for one. A run whose loss does not stay finite is a trial too."""
+    planned = {arm: comparison.sweep_runs(arm) for arm in comparison.names}
+    tried = [(arm, point, plan) for arm, of_arm in planned.items() for point, plan in of_arm.items()]
+    for _, _, plan in tried:
+        _refuse_other_settings(plan, folder / plan.folder)
+    if not all("test_loss" in (finished_summary(folder / plan.folder) or {}) for _, _, plan in tried):
+        prepare(comparison.data, splits=("train", "valid", "test"))  # refused now, and not after the sweep
+    trials: dict[str, list[Trial]] = {}
+    for number, (arm, point, plan) in enumerate(tried, start=1):
+        try:
+            _train(plan, folder, command, console, f"{plan.folder} ({number} of {len(tried)} runs of the sweep)")
+            loss = read_run(folder, plan.folder, plan.budget).loss
+        except Diverged as problem:
+            console.print(f"{plan.folder}: {problem}", highlight=False, soft_wrap=True)
+            loss = None
+        trials.setdefault(arm, []).append(Trial(arm, point, plan.folder, loss))
+    return trials
 
 
 def _finish(planned: Sequence[PlannedRun], folder: Path, command: str, console: Console) -> list[Run]:
@@ -74,19 +111,44 @@ def _finish(planned: Sequence[PlannedRun], folder: Path, command: str, console: 
     for plan in planned:
         _refuse_other_settings(plan, folder / plan.folder)
     for number, plan in enumerate(planned, start=1):
-        place = folder / plan.folder
-        about = f"{plan.folder} ({number} of {len(planned)} runs at equal {plan.budget})"
-        if finished_summary(place):
-            console.print(f"{about}: finished before", highlight=False)
-            continue
-        console.print(about, highlight=False)
-        try:
-            train(plan.config, place, resume=True, command=command)
-        except Interrupted:
-            raise Interrupted(
-                f"stopped in {place}; what is finished is kept, and the same command goes on from here"
-            ) from None
+        _train(
+            plan, folder, command, console, f"{plan.folder} ({number} of {len(planned)} runs at equal {plan.budget})"
+        )
     return [read_run(folder, plan.folder, plan.budget) for plan in planned]
+
+
+def _train(plan: PlannedRun, folder: Path, command: str, console: Console, about: str) -> None:
+    """Finishes one run, from its checkpoint where there is one."""
+    place = folder / plan.folder
+    if finished_summary(place):
+        console.print(f"{about}: finished before", highlight=False)
+        return
+    console.print(about, highlight=False)
+    try:
+        train(plan.config, place, resume=True, command=command)
+    except Interrupted:
+        raise Interrupted(
+            f"stopped in {place}; what is finished is kept, and the same command goes on from here"
+        ) from None
+
+
+def _with_test_loss(run: Run, folder: Path, device: str, console: Console) -> Run:
+    """The run with its figures on the test split, which are taken once and kept in its summary."""
+    if "test_loss" in run.summary:
+        return run
+    place = folder / run.folder
+    console.print(f"{run.folder}: scoring the test split", highlight=False)
+    text = prepare(stored_run(place).data, splits=("test",), tokenizer=Tokenizer.load(place / "tokenizer"))
+    found = score(load(place, device), text.splits["test"], "test")
+    summary = run.summary | {
+        "test_loss": found.loss,
+        "test_bits_per_byte": found.bits_per_byte,
+        "test_word_perplexity": found.word_perplexity,
+        "test_tokens": found.tokens,
+        "test_fingerprint": text.fingerprint,
+    }
+    write_aside(place / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return replace(run, summary=summary)
 
 
 def _refuse_other_settings(plan: PlannedRun, place: Path) -> None:

@@ -14,11 +14,12 @@ from matplotlib.patches import Patch
 from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture
 from moelab.compare.run import Run
 from moelab.compare.statistics import Estimate, estimate
-from moelab.compare.words import COUNTS, FLOPS, percent
+from moelab.compare.words import COUNTS, FLOPS, loss_name, percent
 from moelab.config import layer_pattern
 
-LINES: list[Any] = ["-", (0, (5, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2)), "-", (0, (5, 1.6))]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
+# Six colours, and with each of them four lines and four markers: what tells 24 arms apart.
+LINES: list[Any] = [["-", (0, (5, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))][(i + i // 6) % 4] for i in range(24)]
+MARKERS = [*"os^DvP", *"s^DvPo", *"^DvPos", *"DvPos^"]
 AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time"}
 # Mid-tones with transparency over whatever is behind them, so that they serve light and dark.
 OVER, UNDER = (0.85, 0.37, 0.0), (0.13, 0.47, 0.77)
@@ -71,14 +72,15 @@ def _differences(results: dict[str, Any]) -> Picture:
     reach = 1.25 * max([abs(x) for e in entries for x in (e["difference"], *(e["ci95"] or ()))] or [1]) or 1.0
     axes.set_xlim(-reach, reach)
     axes.set_xlabel("← lower · nats per token · higher →")
-    caption = "Difference of validation loss at the same tokens, training FLOPs and time."
+    loss = loss_name(results)
+    caption = f"Difference of {loss} at the same tokens, training FLOPs and time."
     if any(entry["ci95"] for entry in entries):
         caption += " Bars are 95% intervals, paired over seeds; one that crosses zero shows no difference."
     else:
         caption += " Single runs: there are no intervals."
     if any(entry["interpolated"] for entry in entries):
         caption += " Open markers were read off a curve whose schedule had not ended."
-    return Picture("differences", "Differences of validation loss", caption, figure)
+    return Picture("differences", f"Differences of {loss}", caption, figure)
 
 
 def _interval(axes: Axes, entry: dict[str, Any], row: float, arm: int) -> None:

@@ -42,7 +42,7 @@ DARK = {
     "line": "#343b46",
     "surface": "#14171c",
 }
-ARM_COLOURS = [colour for name, colour in LIGHT.items() if name.startswith("arm-")]
+ARM_COLOURS = [colour for name, colour in LIGHT.items() if name.startswith("arm-")] * 4
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",

@@ -24,14 +24,17 @@ from moelab.compare.words import (
     DASH,
     FLOPS,
     amount,
-    describe_model,
+    describe_arm,
     duration,
     headline,
+    loss_name,
     memory,
     notes,
     percent,
+    point_text,
     quantity,
     signed,
+    training_differences,
 )  # fmt: skip
 from moelab.config import UsageError
 from moelab.training.loop import write_aside
@@ -121,6 +124,9 @@ def _section(identifier: str, results: dict[str, Any], runs: Sequence[Run], draw
         "facts": _facts,
         "data": results["data"],
         "first": first,
+        "loss": loss_name(results),
+        "curves_differ": loss_name(results) != "validation loss",
+        "tuning": _tuning_rows(results),
         "has_experts": any(arm["model"]["moe"] for arm in results["arms"].values()),
         "interpolated": any(entry["interpolated"] for entry in results["comparisons"]),
     }
@@ -134,6 +140,7 @@ def _seeds(results: dict[str, Any]) -> str:
 def _arm_row(results: dict[str, Any], arm: str, place: int) -> Row:
     """An arm's means over its runs of equal tokens."""
     facts = results["arms"][arm]
+    split = "test" if results.get("split") == "test" else "val"
 
     def mean(figure: str) -> float | None:
         found = estimate(measured(facts, figure))
@@ -142,11 +149,11 @@ def _arm_row(results: dict[str, Any], arm: str, place: int) -> Row:
     cells = [
         Cell("Parameters", quantity(facts["parameters"]["total"])),
         Cell("Active", quantity(facts["parameters"]["active"])),
-        Cell("Validation loss", _spread(facts, "val_loss", 4)),
-        Cell("Bits per byte", _spread(facts, "val_bits_per_byte", 4)),
+        Cell(loss_name(results).capitalize(), _spread(facts, f"{split}_loss", 4)),
+        Cell("Bits per byte", _spread(facts, f"{split}_bits_per_byte", 4)),
     ]
-    if any(measured(other, "val_word_perplexity") for other in results["arms"].values()):
-        cells.append(Cell("Word perplexity", _spread(facts, "val_word_perplexity", 2)))
+    if any(measured(other, f"{split}_word_perplexity") for other in results["arms"].values()):
+        cells.append(Cell("Word perplexity", _spread(facts, f"{split}_word_perplexity", 2)))
     cells += [
         Cell("FLOPs per token", f"{quantity(facts['flops_per_token'], FLOPS)}FLOP"),
         Cell("Tokens/s", quantity(mean("tokens_per_second"))),
@@ -154,7 +161,7 @@ def _arm_row(results: dict[str, Any], arm: str, place: int) -> Row:
         Cell("Peak memory", memory(mean("peak_memory_bytes"))),
         Cell("Training time", duration(mean("seconds"))),
     ]
-    return Row(arm, describe_model(facts["model"]), place, cells)
+    return Row(arm, "; ".join(filter(None, [describe_arm(facts), facts.get("match")])), place, cells)
 
 
 def _spread(facts: dict[str, Any], figure: str, digits: int) -> str:
@@ -202,22 +209,50 @@ def _run_row(results: dict[str, Any], run: Run) -> Row:
         Cell("Validation loss", f"{summary['val_loss']:.4f}"),
         Cell("Bits per byte", f"{summary['val_bits_per_byte']:.4f}"),
     ]
+    if results.get("split") == "test":
+        cells.append(Cell("Test loss", f"{summary['test_loss']:.4f}"))
     return Row(run.folder, BUDGET_PHRASES[run.budget], list(results["arms"]).index(run.arm), cells)
+
+
+def _tuning_rows(results: dict[str, Any]) -> list[Row]:
+    """A line for each tuned arm, a cell for each value that was tried for any."""
+    tuned = (results.get("sweep") or {"arms": {}})["arms"]
+    headings = dict.fromkeys(point_text(trial["values"]) for found in tuned.values() for trial in found["tried"])
+    rows = []
+    for arm, found in tuned.items():
+        cells = {heading: Cell(heading.capitalize(), DASH) for heading in headings}
+        for trial in found["tried"]:
+            heading = point_text(trial["values"])
+            loss = "not finite" if trial["val_loss"] is None else f"{trial['val_loss']:.4f}"
+            said = ("chosen, at the edge of what was tried" if found["at_edge"] else "chosen",)
+            cells[heading] = Cell(heading.capitalize(), loss, said if trial["values"] == found["chosen"] else ())
+        rows.append(Row(arm, "", list(results["arms"]).index(arm), list(cells.values())))
+    return rows
 
 
 def _held_equal(results: dict[str, Any]) -> list[str]:
     training, arms = results["training"], list(results["arms"].values())
     tokens = arms[0]["runs"][0]["tokens"]
-    rates = f"{training['learning_rate']:g} to {training['min_learning_rate']:g}"
-    return [
+    shared = training | arms[0].get("training", {}) | training_differences(results)  # tuned alike is shared too
+
+    def said(name: str) -> str:
+        return shared[name] if isinstance(shared[name], str) else f"{shared[name]:,g}"
+
+    lines = [
         f"the tokens and their order: {tokens:,} tokens in {training['steps']:,} steps of {training['batch_size']} × "
         f"{training['accumulation']} sequences of {arms[0]['model']['context']:,} tokens; see the hash of all batches",
         "the initial values of the parameters that arms share, which are drawn from the seed and their name",
-        f"the optimizer: AdamW, learning rate {rates} by a cosine after {training['warmup_steps']:,} steps of warm-up, "
-        f"betas {training['beta1']:g} and {training['beta2']:g}, weight decay {training['weight_decay']:g}, "
-        f"clipping at {training['clip']:g}",
+        f"the optimizer: AdamW, learning rate {said('learning_rate')} to {said('min_learning_rate')} by a cosine after "
+        f"{said('warmup_steps')} steps of warm-up, betas {said('beta1')} and {said('beta2')}, weight decay "
+        f"{said('weight_decay')}, clipping at {said('clip')}"
+        + (", where the values that arms differ in stand with their arms" if training_differences(results) else ""),
         f"the validation text: the whole split of {results['data']['valid_tokens']:,} tokens, each scored once",
     ]
+    if results["data"].get("test_tokens"):
+        lines.append(f"the test text: the whole split of {results['data']['test_tokens']:,} tokens, each scored once")
+    if scopes := {arm["model"]["moe"]["balance_scope"] for arm in arms if arm["model"]["moe"]}:
+        lines.append(f"the scope that balance losses count over: {', '.join(sorted(scopes))}")
+    return lines
 
 
 def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:

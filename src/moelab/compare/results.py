@@ -13,17 +13,18 @@ from moelab.compare.run import Run, read_run
 from moelab.compare.statistics import estimate
 from moelab.compare.words import headline, notes
 from moelab.config import RunFailed, UsageError
-from moelab.presets import arm_model
 
 SCHEMA = 1
 RUN_FIGURES = (
     "tokens", "val_loss", "val_bits_per_byte", "tokens_per_second", "mfu", "peak_memory_bytes", "seconds",
-    "val_word_perplexity", "train_loss", "steps",
+    "val_word_perplexity", "train_loss", "steps", "test_loss", "test_bits_per_byte", "test_word_perplexity",
 )  # fmt: skip
 
 
-def build_results(comparison: Comparison, runs: Sequence[Run], command: str) -> dict[str, Any]:
-    """The content of results.json.
+def build_results(
+    comparison: Comparison, runs: Sequence[Run], command: str, sweep: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of results.json; of a swept comparison with what was tried, and differences of the test loss.
 
     Raises `RunFailed` where arms of one seed did not see the same batches, or runs not the same text: whatever they
     reached could not be compared.
@@ -32,8 +33,10 @@ def build_results(comparison: Comparison, runs: Sequence[Run], command: str) -> 
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "data": _same_text(runs),
-        "arms": {arm: _arm(comparison, arm, runs) for arm in comparison.arms},
-        "comparisons": _comparisons(comparison, runs),
+        "arms": {arm: _arm(comparison, arm, runs) for arm in comparison.names},
+        "comparisons": _comparisons(comparison, runs, "test" if sweep else "valid"),
+        "split": "test" if sweep else "valid",
+        "sweep": sweep,
         "preset": comparison.preset,
         "seeds": list(comparison.seed_values),
         "budgets": list(comparison.budgets),
@@ -83,7 +86,11 @@ def _arm(comparison: Comparison, arm: str, runs: Sequence[Run]) -> dict[str, Any
             | {name: run.summary.get(name) for name in RUN_FIGURES}
             for run in own
         ],
-        "model": asdict(arm_model(arm, comparison.model, comparison.moe)),
+        "model": asdict(comparison.model_of(arm)),
+        "base": comparison.by_name[arm].base,
+        "overrides": dict(comparison.by_name[arm].overrides),
+        "training": asdict(comparison.training_of(arm)),
+        "match": str(match) if (match := comparison.match_of(arm)) else None,
     }
 
 
@@ -107,7 +114,17 @@ def _same_text(runs: Sequence[Run]) -> dict[str, Any]:
                 f"{first['fingerprint'][:12]}); train all runs again in another --out"
             )
     known = ("name", "form", "source", "fingerprint", "tokenizer", "train_tokens", "valid_tokens")
-    return {name: first.get(name) for name in known}
+    return {name: first.get(name) for name in known} | _same_test_text(runs)
+
+
+def _same_test_text(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is known of the test split, where runs were scored on it."""
+    known = {run.summary["test_fingerprint"]: run for run in runs if "test_fingerprint" in run.summary}
+    if len(known) > 1:
+        told = " and ".join(f"{run.folder} {fingerprint[:12]}" for fingerprint, run in known.items())
+        raise RunFailed(f"the test text has changed between runs ({told}); train all runs again in another --out")
+    scored = next(iter(known.values()), None)
+    return {"test_tokens": scored.summary["test_tokens"]} if scored else {}
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -122,23 +139,26 @@ def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _comparisons(comparison: Comparison, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    first, *others = comparison.arms
+def _comparisons(comparison: Comparison, runs: Sequence[Run], split: str) -> list[dict[str, Any]]:
+    first, *others = comparison.names
     pairs = [(arm, first) for arm in others]
     if {"moe", "dense-wide"} <= set(others):
         pairs.append(("moe", "dense-wide"))
     return [
-        _difference(runs, arm, against, budget, budget in comparison.budgets)
+        _difference(runs, arm, against, budget, budget in comparison.budgets, split)
         for arm, against in pairs
         for budget in BUDGETS
     ]
 
 
-def _difference(runs: Sequence[Run], arm: str, against: str, budget: str, trained_to_it: bool) -> dict[str, Any]:
+def _difference(
+    runs: Sequence[Run], arm: str, against: str, budget: str, trained_to_it: bool, split: str
+) -> dict[str, Any]:
     """One entry of `comparisons`.
 
     Where runs end at the budget, their final losses are compared. Where none were asked for, the budget is, seed by
-    seed, what the cheaper of the two spent; the dearer one is read off its curve there.
+    seed, what the cheaper of the two spent; the dearer one is read off its curve there. The curve is of the validation
+    loss, so that of the test loss nothing is read off.
     """
     differences: list[float] = []
     spent: list[tuple[float, float]] = []
@@ -147,16 +167,16 @@ def _difference(runs: Sequence[Run], arm: str, against: str, budget: str, traine
         if budget == "seconds" and not _same_device(left, right):
             continue
         if trained_to_it:
-            losses: tuple[float | None, float | None] = left.loss, right.loss
+            losses: tuple[float | None, float | None] = left.reported(split), right.reported(split)
         else:
             common = min(costs)
-            losses = _loss_at(left, budget, common), _loss_at(right, budget, common)
+            losses = _loss_at(left, budget, common, split), _loss_at(right, budget, common, split)
             costs = common, common
         if losses[0] is not None and losses[1] is not None:
             differences.append(losses[0] - losses[1])
             spent.append(costs)
     found = estimate(differences)
-    ends_there = trained_to_it or _cost_the_same(runs, arm, against, budget)
+    ends_there = trained_to_it or split == "test" or _cost_the_same(runs, arm, against, budget)
     return {
         "arm": arm,
         "against": against,
@@ -184,8 +204,10 @@ def _pairs_of_seeds(
     return [(left[seed], right[seed]) for seed in left if seed in right]
 
 
-def _loss_at(run: Run, budget: str, common: float) -> float | None:
-    return run.loss if run.spent(budget) == common else run.curve(budget).at(common)
+def _loss_at(run: Run, budget: str, common: float, split: str) -> float | None:
+    if run.spent(budget) == common:
+        return run.reported(split)
+    return run.curve(budget).at(common) if split == "valid" else None
 
 
 def _cost_the_same(runs: Sequence[Run], arm: str, against: str, budget: str) -> bool:

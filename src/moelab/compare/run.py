@@ -36,6 +36,10 @@ class Run:
         """Validation loss at the end, nats per token."""
         return float(self.summary["val_loss"])
 
+    def reported(self, split: str) -> float:
+        """Loss at the end on the split that a comparison is about: valid, or test where it was tuned on valid."""
+        return float(self.summary["test_loss" if split == "test" else "val_loss"])
+
     def spent(self, budget: str) -> float:
         """What the whole run cost, in tokens, FLOPs or seconds."""
         return float(self._spent(self.summary, budget))

@@ -53,6 +53,10 @@ MAY_DIFFER = frozenset(
 ) | {"model.moe.backend", "data.source", "data.ranks"}
 
 
+class Diverged(RunFailed):
+    """The loss or the gradient of a run is not finite."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user stopped a run; its checkpoint is complete."""
 
@@ -68,7 +72,7 @@ def train(
     Raises:
         UsageError: a setting that cannot work; a folder that cannot be written, or that holds a run and `resume` is
             not set; a run of other settings.
-        RunFailed: the loss is not finite; no checkpoint is good.
+        RunFailed: the loss is not finite (`Diverged`); no checkpoint is good.
         Interrupted: Ctrl-C or SIGTERM, after the step at hand and its checkpoint.
     """
     console = console or Console(stderr=True)
@@ -365,7 +369,7 @@ class Trainer:
         wider = "" if self.dtype == torch.float32 else ", or --precision fp32"
         clip = "" if training.clip else ", or --clip 1"
         kept = "the checkpoint before it is kept" if has_checkpoint(self.folder) else "there was no checkpoint yet"
-        raise RunFailed(
+        raise Diverged(
             f"step {step}: the {what} is not finite; try a lower --learning-rate (now {training.learning_rate:g}), "
             f"more --warmup-steps (now {training.warmup_steps}){clip}{wider}; {kept}"
         )
