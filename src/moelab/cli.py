@@ -19,7 +19,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from moelab.config import DataConfig, ModelConfig, MoEConfig, RunConfig, RunFailed, TrainingConfig, UsageError
+from moelab.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    RunConfig,
+    RunFailed,
+    TrainingConfig,
+    UpcyclingConfig,
+    UsageError,
+)
 from moelab.presets import ARMS, PRESETS, arm_model, preset, solve_match
 
 Parsed = TypeVar("Parsed")
@@ -47,6 +56,7 @@ class TrainFlags(SizeFlags):
     """Folder of the run; out-baseline for dense, out-moe for moe, out-ARM for others, when not given."""
     resume: bool = False
     """Go on with the run in that folder, from its newest checkpoint."""
+    upcycling: Annotated[UpcyclingConfig, tyro.conf.OmitArgPrefixes] = UpcyclingConfig()
 
 
 @dataclass(frozen=True)
@@ -296,7 +306,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def run_config(flags: TrainFlags) -> RunConfig:
     """The run that flags of `train` describe."""
     model = arm_model(flags.arm, flags.model, flags.moe)
-    return RunConfig(flags.preset, flags.arm, model, flags.data, flags.training)
+    return RunConfig(flags.preset, flags.arm, model, flags.data, flags.training, flags.upcycling)
 
 
 def resumed_config(out: Path, given: RunConfig, default: RunConfig) -> RunConfig:

@@ -279,6 +279,28 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class UpcyclingConfig:
+    """A trained dense run that a model with experts starts from; see docs/upcycling.md."""
+
+    upcycle: Path | None = None
+    """Folder of a trained dense run to start from, its feed-forward in every expert; from scratch when not given."""
+    upcycle_split: bool = False
+    """Cut the dense feed-forward's hidden units into G experts of 1/G its hidden size, instead of copying all."""
+    upcycle_groups: bool = False
+    """With --upcycle-split: the G experts of a group begin with one router row (virtual groups), so that a token
+    chooses them together."""
+    upcycle_noise: float = 0.0
+    """Gaussian noise on the experts' weights, as a multiple of their standard deviation."""
+
+    def __post_init__(self) -> None:
+        require(self.upcycle_noise >= 0, "upcycle-noise", self.upcycle_noise, "give 0 (none) or more")
+        for name in ("upcycle_split", "upcycle_groups", "upcycle_noise"):
+            value = getattr(self, name)
+            require(not value or self.upcycle is not None, flag(name), value, "give --upcycle RUN too, or leave it out")
+        require(self.upcycle_split or not self.upcycle_groups, "upcycle-groups", True, "give --upcycle-split too")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides one run; written to `config.json` in the run's folder."""
 
@@ -287,6 +309,12 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
+
+    def __post_init__(self) -> None:
+        if self.upcycling.upcycle is not None:
+            fits, would_work = self.model.moe is not None, f"the arm {self.arm} has no experts; give --arm moe"
+            require(fits, "upcycle", self.upcycling.upcycle, would_work)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"

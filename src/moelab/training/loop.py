@@ -45,6 +45,7 @@ from moelab.training.balance import Balancer
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from moelab.training.optimizer import learning_rate, make_optimizer
+from moelab.training.upcycle import Start, upcycle
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
 MAY_DIFFER = frozenset(
@@ -216,10 +217,14 @@ class Trainer:
                 self.console.print(f"going on from step {progress.step:,} of {self.config.training.steps:,}")
                 if progress.loss_scale is not None and self.scaler.is_enabled():
                     self.scaler.load_state_dict(progress.loss_scale)
+        upcycling = self.config.upcycling.upcycle is not None and self.progress.step == 0
+        start = upcycle(self.model, self.config, self.text.tokenizer) if upcycling else None
         self.balancer = Balancer(self.model)
         self.text.tokenizer.save(self.folder / "tokenizer")
         write_aside(self.folder / "config.json", self.config.to_json())
-        self._keep_metrics_until(self.progress.step)
+        self._keep_metrics_until(self.progress.step or -1)  # before the first step there is only an earlier start's
+        if start is not None:
+            self._log_start(start)
         compiled = self.config.training.compile
         use_compiler = compiled == "on" or (compiled == "auto" and self.device.type == "cuda")
         if use_compiler:
@@ -293,6 +298,9 @@ class Trainer:
             "environment": environment(self.device, self.dtype),
             "command": command,
         }
+        if self.config.upcycling.upcycle is not None:
+            starts = [line["started_from"] for line in self._stored_metrics() if "started_from" in line]
+            summary["started_from"] = starts[0] if starts else None
         write_aside(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -380,6 +388,15 @@ class Trainer:
         if self.score.word_perplexity is not None:
             line["val_word_perplexity"] = self.score.word_perplexity
         return line
+
+    def _log_start(self, start: Start) -> None:
+        """Scores an upcycled model before its first step: line 0 of the metrics, and a line for the user."""
+        line = {"step": 0, "tokens": 0} | self._evaluate() | {"started_from": dataclasses.asdict(start)}
+        self._write_metrics(line)
+        moe = self.config.model.moe
+        assert moe is not None
+        words = start.in_words(moe.experts, len(self.config.model.moe_layers), line["val_loss"])
+        self.console.print(words, soft_wrap=True, highlight=False)
 
     def _save(self) -> None:
         if self.scaler.is_enabled():
