@@ -241,6 +241,19 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_upcycles_again_and_s
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 2, 4, 6, 8, 10, 12]
 
 
+def test_a_corrupt_checkpoint_of_the_source_is_passed_over_and_what_is_recorded_is_its_predecessors(
+    tiny_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = dense_run(tiny_run, tmp_path / "dense")  # checkpoints at 8 and 12, evaluations at 6 and 12
+    (tmp_path / "dense" / "checkpoints" / "step-00000012" / "model.safetensors").write_bytes(b"")
+    started = train(start_from(tiny_run("moe"), upcycle=tmp_path / "dense"), tmp_path / "run")["started_from"]
+    tokens = 8 * source.training.batch_size * source.model.context
+    assert (started["step"], started["tokens"], started["val_loss"]) == (8, tokens, None)
+    said = capfd.readouterr()
+    assert "step-00000012 is not usable" in said.out
+    assert "the dense run's not measured" in said.err
+
+
 def test_resume_refuses_another_source(tiny_run: MakeRun, tmp_path: Path) -> None:
     dense_run(tiny_run, tmp_path / "dense")
     run = start_from(tiny_run("moe"), upcycle=tmp_path / "dense")

@@ -128,8 +128,8 @@ def _fill_layer(layer: MoE, dense: FeedForward, settings: UpcyclingConfig) -> No
         held, shared_scale = list(range(moe.shared_experts)), 1.0
         chosen, scale = [moe.shared_experts + e % group for e in range(moe.experts)], group / weight_sum
         if settings.upcycle_groups:
-            first = torch.arange(moe.experts, device=layer.router.weight.device) // group * group
-            layer.router.weight.copy_(layer.router.weight[first])
+            group_of = torch.arange(moe.experts, device=layer.router.weight.device) // group
+            layer.router.weight.copy_(layer.router.weight[group_of])
     else:  # the shared experts and what is routed are 1 + S copies, each with an equal part of the output
         held, shared_scale = [0] * moe.shared_experts, 1 / (1 + moe.shared_experts)
         chosen, scale = [0] * moe.experts, shared_scale / weight_sum
