@@ -129,6 +129,24 @@ class SampleFlags:
 
 
 @dataclass(frozen=True)
+class InspectFlags:
+    """Show which experts a text's tokens are sent to."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run with experts."""
+    text: str | None = None
+    """The text; the beginning of the run's validation text when neither this nor --file is given."""
+    file: Path | None = None
+    """A file of text."""
+    layer: str = "all"
+    """Number of an MoE layer (the first layer is 0), or all."""
+    json: Path | None = None
+    """Also write tokens, experts and weights of every layer to this file."""
+    device: str = "auto"
+    """cuda, cuda:N, mps or cpu."""
+
+
+@dataclass(frozen=True)
 class ReportFlags:
     """Write the report of finished comparisons again."""
 
@@ -244,6 +262,41 @@ def sample(arguments: list[str]) -> None:
     print(flags.prompt + tokenizer.decode(list(written)))
 
 
+def inspect(arguments: list[str]) -> None:
+    """show which experts a text's tokens are sent to"""
+    from rich.console import Console
+
+    from moelab.evaluation.inspection import inspect_text, print_inspection
+    from moelab.text import Tokenizer, prepare
+    from moelab.training.checkpoint import load, read_run
+
+    flags = parse(InspectFlags, "inspect", arguments)
+    run, config = read_run(flags.run)
+    if config.model.moe is None:
+        raise UsageError(f"run = {run}: it is dense and has no experts; give a run of an MoE arm")
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    layers = sorted(config.model.moe_layers)
+    if flags.layer != "all":
+        known = ", ".join(map(str, layers))
+        if not flags.layer.isdigit() or int(flags.layer) not in layers:
+            raise UsageError(f"layer = {flags.layer}: give all, or an MoE layer of this run: {known}")
+        layers = [int(flags.layer)]
+    if flags.text is not None:
+        text = flags.text
+    elif flags.file is not None:
+        try:
+            text = flags.file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise UsageError(f"file = {flags.file}: cannot be read as UTF-8 text ({problem})") from None
+    else:
+        valid = prepare(config.data, splits=("valid",), tokenizer=tokenizer).splits["valid"].tokens
+        text = tokenizer.decode(valid[1 : config.model.context]).replace("<|endoftext|>", "")
+    found = inspect_text(load(run, flags.device), tokenizer, text)
+    if flags.json:
+        flags.json.write_text(json.dumps(found.as_json(), indent=1) + "\n")
+    print_inspection(found, layers, Console(soft_wrap=False))
+
+
 def report(arguments: list[str]) -> None:
     """write the report of finished comparisons again"""
     from moelab.compare import write_report
@@ -298,6 +351,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "sample": sample,
+    "inspect": inspect,
     "compare": compare,
     "report": report,
 }

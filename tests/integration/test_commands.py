@@ -221,3 +221,17 @@ def test_train_prints_what_match_solved(story: Path, tmp_path: Path, capsys: pyt
     words = ["--arm", "moe", "--match", "total", "--data", f"text:{story}", "--out", tmp_path / "run", *SMALL]
     assert moelab("train", "smoke", *words) == 0
     assert "moe: match total: experts of hidden size F = " in capsys.readouterr().err
+
+
+def test_inspect_shows_a_text_and_writes_its_routing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moelab("inspect", trained, "--text", "1 plus 2", "--json", tmp_path / "i.json") == 0
+    assert "layer 0: entropy" in capsys.readouterr().out
+    written = json.loads((tmp_path / "i.json").read_text())
+    assert "".join(token["text"] for token in written["tokens"]) == "1 plus 2"
+    assert [len(layer["indices"]) for layer in written["layers"]] == [8]
+    assert moelab("inspect", trained) == 0  # the run's own validation text
+    assert moelab("inspect", trained, "--layer", "3") == 2
+    assert "layer = 3: give all, or an MoE layer of this run: 0" in capsys.readouterr().err
+    assert moelab("inspect", trained, "--file", tmp_path / "none") == 2

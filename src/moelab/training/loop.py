@@ -36,6 +36,7 @@ from moelab.device import (
     synchronize,
 )
 from moelab.evaluation import Score, routing, score
+from moelab.evaluation.token_types import token_types
 from moelab.experts import check_backend
 from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
@@ -301,6 +302,8 @@ class Trainer:
         if self.config.upcycling.upcycle is not None:
             starts = [line["started_from"] for line in self._stored_metrics() if "started_from" in line]
             summary["started_from"] = starts[0] if starts else None
+        if model.moe is not None:
+            summary["token_types"] = token_types(self.model, self.text.splits["valid"], self.text.tokenizer)
         write_aside(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
