@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moelab.compare import Comparison
 from moelab.compare.plan import PlannedRun
-from moelab.config import MoEConfig, TrainingConfig
+from moelab.config import ModelConfig, MoEConfig, TrainingConfig
 from moelab.meters import count_parameters, flops_per_token
 
 VOCABULARY = 4096
@@ -41,10 +42,11 @@ def write_run(plan: PlannedRun, folder: Path, **changes: Any) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     (place / "config.json").write_text(replace(run, model=model).to_json())
     tokens_per_step = training.batch_size * training.accumulation * model.context
+    intervals = (training.log_interval, training.evaluation_interval, training.routing_interval)
     lines = [
         _metrics(plan, step, tokens_per_step)
         for step in range(1, training.steps + 1)
-        if step % training.log_interval == 0 or step % training.evaluation_interval == 0 or step == training.steps
+        if step == training.steps or any(step % interval == 0 for interval in intervals)
     ]
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     last = lines[-1]
@@ -64,7 +66,10 @@ def write_run(plan: PlannedRun, folder: Path, **changes: Any) -> dict[str, Any]:
             "precision": "float32", "device_peak_flops": None, "threads": 2, "platform": "Linux",
         },
         "command": "moelab compare smoke",
-    } | changes  # fmt: skip
+    }  # fmt: skip
+    if model.moe is not None:
+        summary["token_types"] = _token_types(model, training.seed)
+    summary |= changes
     (place / "summary.json").write_text(json.dumps(summary))
     return summary
 
@@ -87,9 +92,48 @@ def _metrics(plan: PlannedRun, step: int, tokens_per_step: int) -> dict[str, Any
             logits = [math.cos(expert * (layer + 1)) * math.exp(-step / 80) for expert in range(experts)]
             total = sum(math.exp(logit) for logit in logits)
             line["expert_load"].append([math.exp(logit) / total for logit in logits])
+        if step % training.routing_interval == 0 or step == training.steps:
+            line["routing"] = _routing(plan, step)
+        if run.model.moe.capacity_factor is not None:
+            line["dropped"] = [0.5 / (layer + 1) / step for layer in sorted(run.model.moe_layers)]
     if step % training.evaluation_interval == 0 or step == training.steps:
         line |= {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / 3.1}
     return line
+
+
+def _routing(plan: PlannedRun, step: int) -> dict[str, Any]:
+    """What a router of drawn logits does to 512 tokens, layer by layer."""
+    run, training = plan.config, plan.config.training
+    assert run.model.moe is not None
+    experts, top_k = run.model.moe.experts, run.model.moe.top_k
+    found: dict[str, list[Any]] = {}
+    for layer in sorted(run.model.moe_layers):
+        draw = np.random.default_rng([training.seed, layer, step])
+        logits = (
+            draw.normal(0, 1 + step / training.steps, (512, experts)) + np.cos(np.arange(experts) * (layer + 1)) / 2
+        )
+        shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        chosen = logits >= np.sort(logits, axis=1)[:, -top_k, None]
+        load = chosen.mean(0) / top_k
+        figures = {
+            "load": load, "max_violation": max(load) * experts - 1, "mean_violation": np.abs(load * experts - 1).mean(),
+            "entropy": -(shares * np.log(shares)).sum(1).mean(), "logit_rms": np.sqrt((logits**2).mean()),
+            "dropped": 0.0, "weight_norm": 10 + 40 * load + 0.1 * layer, "overlap": chosen.T @ (chosen / 512),
+        }  # fmt: skip
+        for name, value in figures.items():
+            found.setdefault(name, []).append(np.round(value, 5).tolist())
+    return found
+
+
+def _token_types(model: ModelConfig, seed: int) -> dict[str, Any]:
+    """Types that experts share among themselves, more so in deeper layers; the last type does not occur."""
+    assert model.moe is not None
+    names = ["word start", "word inside", "number", "punctuation", "whitespace", "other"]
+    draw = np.random.default_rng(seed)
+    layers = [
+        draw.dirichlet(np.full(model.moe.experts, 20 / (layer + 1)), len(names)).tolist() for layer in model.moe_layers
+    ]
+    return {"types": names, "share_of_tokens": [0.4, 0.25, 0.05, 0.2, 0.1, 0.0], "layers": layers}
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +170,7 @@ def small() -> Callable[..., Comparison]:
     """A comparison with few steps; keywords are its fields."""
 
     def make(**fields: Any) -> Comparison:
-        training = TrainingConfig(steps=40, warmup_steps=4, evaluation_interval=10, log_interval=5)
+        training = TrainingConfig(steps=40, warmup_steps=4, evaluation_interval=10, log_interval=5, routing_interval=10)
         return Comparison(**({"moe": MoEConfig(experts=4), "training": training} | fields))
 
     return make

@@ -15,9 +15,10 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from moelab.compare import Comparison, run_comparison, write_report
-from moelab.compare.figures import pictures, tint
+from moelab.compare.figures import pictures
 from moelab.compare.picture import DARK, LIGHT
 from moelab.compare.results import read_results
+from moelab.compare.routing_pictures import tint
 from moelab.config import ModelConfig, MoEConfig, UsageError
 
 Finish = Callable[..., Path]
@@ -141,7 +142,8 @@ def test_what_was_read_off_is_marked_and_explained_and_a_single_run_says_so(
 
 def test_figures_are_also_files_that_stand_alone(reported: Path) -> None:
     names = {path.name for path in (reported / "figures").iterdir()}
-    shown = ["differences", "difference-over-tokens", "loss-tokens", "loss-flops", "loss-seconds", "expert-load-moe"]
+    shown = ["differences", "difference-over-tokens", "loss-tokens", "loss-flops", "loss-seconds"]
+    shown += [f"{name}-moe" for name in ("expert-load", "routing", "expert-norms", "expert-pairs", "token-types")]
     assert names == {f"{name}.{form}" for name in shown for form in ("svg", "png")}
     assert (reported / "figures" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert "var(--" not in (reported / "figures" / "differences.svg").read_text()

@@ -18,7 +18,7 @@ def results(*entries: dict[str, Any], seeds: int = 1) -> dict[str, Any]:
     model = {"width": 128, "hidden": None, "moe": None}
     experts = model | {"moe": {"experts": 8, "top_k": 2, "expert_hidden": 512}}
     return {
-        "arms": {"dense": {"model": model}, "moe": {"model": experts}},
+        "arms": {"dense": {"model": model, "runs": []}, "moe": {"model": experts, "runs": []}},
         "comparisons": list(entries),
         "seeds": list(range(seeds)),
         "environments": [{"environment": {"device": "a CPU"}, "runs": []}],

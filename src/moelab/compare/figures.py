@@ -1,4 +1,4 @@
-"""What the pictures of a report show: differences, loss curves, and the experts' load."""
+"""What the pictures of a report show: differences and loss curves here, the experts' routing beside."""
 
 from __future__ import annotations
 
@@ -8,48 +8,36 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture
+from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture, new_figure
+from moelab.compare.routing_pictures import routing_pictures
 from moelab.compare.run import Run
 from moelab.compare.statistics import Estimate, estimate
-from moelab.compare.words import COUNTS, FLOPS, loss_name, percent
-from moelab.config import layer_pattern
+from moelab.compare.words import COUNTS, FLOPS, loss_name
 
 # Six colours, and with each of them four lines and four markers: what tells 24 arms apart.
 LINES: list[Any] = [["-", (0, (5, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1.2))][(i + i // 6) % 4] for i in range(24)]
 MARKERS = [*"os^DvP", *"s^DvPo", *"^DvPos", *"DvPos^"]
 AXES = {"tokens": "training tokens", "flops": "training FLOPs", "seconds": "training time"}
-# Mid-tones with transparency over whatever is behind them, so that they serve light and dark.
-OVER, UNDER = (0.85, 0.37, 0.0), (0.13, 0.47, 0.77)
 
 
 def pictures(results: dict[str, Any], runs: Sequence[Run]) -> list[Picture]:
-    """Every figure of a comparison: the differences first, then curves, then the load of each arm's experts."""
+    """Every figure of a comparison: the differences first, then curves, then the routing of each arm's experts."""
     with matplotlib.rc_context(STYLE):
         found = [_differences(results), _curves(results, runs, "tokens"), _difference_over_tokens(results, runs)]
         found += [_curves(results, runs, budget) for budget in ("flops", "seconds")]
-        for arm, facts in results["arms"].items():
-            own = [run for run in runs if run.arm == arm and run.budget == "tokens"]
-            if facts["model"]["moe"] is not None and any("expert_load" in line for line in own[0].lines):
-                layers = sorted(layer_pattern(facts["model"]["moe"]["moe_layers"], facts["model"]["layers"]))
-                found.append(_expert_load(arm, own[0], layers))
+        found += routing_pictures(results, runs)
         for picture in found:  # laid out once, and not again for each of a picture's forms
             picture.figure.draw_without_rendering()
             picture.figure.set_layout_engine("none")
     return found
 
 
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(5, height), layout="constrained")
-
-
 def _differences(results: dict[str, Any]) -> Picture:
     """Every difference with its interval, a row each."""
     entries = [entry for entry in results["comparisons"] if entry["difference"] is not None]
     pairs = list(dict.fromkeys((entry["arm"], entry["against"]) for entry in entries))
-    figure = _figure(0.9 + 0.27 * len(entries) + 0.3 * len(pairs))
+    figure = new_figure(0.9 + 0.27 * len(entries) + 0.3 * len(pairs))
     axes = figure.subplots()
     arms, row, ticks = list(results["arms"]), 0.0, []
     for pair in pairs:
@@ -93,7 +81,7 @@ def _interval(axes: Axes, entry: dict[str, Any], row: float, arm: int) -> None:
 
 def _curves(results: dict[str, Any], runs: Sequence[Run], budget: str) -> Picture:
     """Validation loss against one budget: means over seeds, single seeds thin, runs that end at the budget open."""
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     axes = figure.subplots()
     cheapest = min(run.spent(budget) for run in runs if run.budget == "tokens")
     unit, scale = _axis_unit(budget, max(run.spent(budget) for run in runs))
@@ -172,7 +160,7 @@ def _axis_unit(budget: str, largest: float) -> tuple[str, float]:
 
 def _difference_over_tokens(results: dict[str, Any], runs: Sequence[Run]) -> Picture:
     """How far each arm is from the first, evaluation by evaluation, at equal tokens."""
-    figure = _figure(3.4)
+    figure = new_figure(3.4)
     axes = figure.subplots()
     first, *others = results["arms"]
     unit, scale = _axis_unit("tokens", max(run.spent("tokens") for run in runs))
@@ -212,50 +200,3 @@ def _paired_over_tokens(runs: Sequence[Run], arm: str, first: str) -> tuple[list
     common = set.intersection(*(set(left[seed]) & set(right[seed]) for seed in seeds)) if seeds else set()
     tokens = sorted(common)
     return tokens, [found for t in tokens if (found := estimate([left[s][t] - right[s][t] for s in seeds]))]
-
-
-def _expert_load(arm: str, run: Run, layers: Sequence[int]) -> Picture:
-    """Heat map a layer: an expert a row, steps along, tinted by its share of the routed slots against 1 / E."""
-    lines = [line for line in run.lines if "expert_load" in line]
-    steps = np.array([line["step"] for line in lines])
-    load = np.array([line["expert_load"] for line in lines])  # (lines, MoE layers, E)
-    experts = load.shape[2]
-    columns = min(len(lines), 120)
-    middles = (np.arange(columns) + 0.5) * steps[-1] / columns
-    load = load[np.searchsorted(steps, middles)]
-    across = min(len(layers), 2)
-    down = -(-len(layers) // across)
-    figure = _figure(0.8 + down * (0.45 + min(0.11 * experts, 1.8 if len(layers) <= 8 else 0.9)))
-    grid = figure.subplots(down, across, squeeze=False)
-    for axes, layer, share in zip(grid.flat, layers, load.transpose(1, 2, 0), strict=False):
-        extent = (0, steps[-1], experts - 0.5, -0.5)
-        axes.imshow(tint(share * experts), aspect="auto", interpolation="none", extent=extent)
-        axes.grid(visible=False)
-        axes.set_title(f"layer {layer}")
-        axes.set_yticks([0, experts - 1] if experts > 1 else [0])
-    for axes in list(grid.flat)[len(layers) :]:
-        axes.set_axis_off()
-    figure.supxlabel("step", fontsize=10, color=LIGHT["muted"])
-    figure.supylabel("expert", fontsize=10, color=LIGHT["muted"])
-    legend = [
-        Patch(facecolor=(*UNDER, 1), label="no slots"),
-        Patch(facecolor="none", edgecolor=LIGHT["muted"], label=f"balanced, 1/{experts}"),
-        Patch(facecolor=(*OVER, 1), label=f"2/{experts} or more"),
-    ]
-    figure.legend(handles=legend, loc="outside upper left", ncols=3, frameon=False, handlelength=1, columnspacing=1.2)
-    last = lines[-1]["expert_load"]
-    busiest, idlest = max(max(layer) for layer in last), min(min(layer) for layer in last)
-    caption = (
-        f"Share of the routed slots that each expert got, seed {run.seed}. Balanced is 1/{experts} = "
-        f"{percent(1 / experts)}, which has no tint. At the end the busiest expert of any layer got {percent(busiest)} "
-        f"and the idlest {percent(idlest)}. Healthy is a faint tint that changes; a row that stays strongly tinted is "
-        "an expert that collects tokens, or gets hardly any."
-    )
-    return Picture(f"expert-load-{arm}", f"Expert load of {arm}, layer by layer", caption, figure)
-
-
-def tint(ratio: np.ndarray) -> np.ndarray:
-    """RGBA of loads divided by the balanced one: transparent at 1, full at 0 and from 2 on."""
-    strength = np.clip(np.abs(ratio - 1), 0, 1)[..., None]
-    colour = np.where((ratio > 1)[..., None], OVER, UNDER)
-    return np.concatenate([colour, strength], axis=-1)

@@ -71,6 +71,11 @@ STYLE: dict[Any, Any] = {
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
+def new_figure(height: float) -> Figure:
+    """An empty figure of the width that all have, `height` inches high."""
+    return Figure(figsize=(5, height), layout="constrained")
+
+
 @dataclass(frozen=True)
 class Picture:
     """One figure of a report."""
@@ -79,6 +84,8 @@ class Picture:
     title: str
     caption: str
     figure: Figure
+    arm: str | None = None
+    """The arm whose experts it is about, if it is about one."""
 
     def files(self) -> dict[str, bytes]:
         """The figure by itself, by file name: SVG and PNG in the light colours."""

@@ -107,6 +107,7 @@ def _render(sections: Sequence[dict[str, Any]]) -> str:
 def _section(identifier: str, results: dict[str, Any], runs: Sequence[Run], drawn: Sequence[Picture]) -> dict[str, Any]:
     """What the template shows of one comparison."""
     first, *others = results["arms"]
+    on_page = [(picture, Markup(picture.page_svg(identifier))) for picture in drawn]
     return {
         "id": identifier,
         "title": f"{', '.join(others)} against {first}",
@@ -116,7 +117,9 @@ def _section(identifier: str, results: dict[str, Any], runs: Sequence[Run], draw
         "arms": [_arm_row(results, arm, place) for place, arm in enumerate(results["arms"])],
         "differences": _difference_rows(results),
         "runs": [_run_row(results, run) for run in runs],
-        "pictures": [(picture, Markup(picture.page_svg(identifier))) for picture in drawn],
+        "pictures": [shown for shown in on_page if shown[0].arm is None],
+        "colours": {arm: place for place, arm in enumerate(results["arms"])},
+        "experts": {arm: own for arm in results["arms"] if (own := [one for one in on_page if one[0].arm == arm])},
         "held_equal": _held_equal(results),
         "batches": results["batches_sha256"],
         "command": results["command"],
@@ -161,6 +164,10 @@ def _arm_row(results: dict[str, Any], arm: str, place: int) -> Row:
         Cell("Peak memory", memory(mean("peak_memory_bytes"))),
         Cell("Training time", duration(mean("seconds"))),
     ]
+    for heading, figure in (("Max violation", "max_violation"), ("Dropped", "dropped")):
+        if any(measured(other, figure) for other in results["arms"].values()):
+            found = mean(figure)
+            cells.append(Cell(heading, percent(found) if figure == "dropped" or found is None else f"{found:.2f}"))
     return Row(arm, "; ".join(filter(None, [describe_arm(facts), facts.get("match")])), place, cells)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.compare.plan import BUDGETS, Comparison
+from moelab.compare.routing import final_figures
 from moelab.compare.run import Run, read_run
 from moelab.compare.statistics import estimate
 from moelab.compare.words import headline, notes
@@ -84,6 +85,7 @@ def _arm(comparison: Comparison, arm: str, runs: Sequence[Run]) -> dict[str, Any
         "runs": [
             {"seed": run.seed, "budget": run.budget, "folder": run.folder}
             | {name: run.summary.get(name) for name in RUN_FIGURES}
+            | final_figures(run)
             for run in own
         ],
         "model": asdict(comparison.model_of(arm)),

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from moelab.compare.arms import shown, value_text
+from moelab.compare.routing import routing_notes
 from moelab.config import MoEConfig
 
 BUDGET_PHRASES = {
@@ -67,7 +68,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     if len({entry["environment"].get("device") for entry in results["environments"]}) > 1:
         found.append("The runs were made on different devices; their speeds and times are not of one machine.")
-    return found + _tuning_notes(results)
+    return found + routing_notes(results) + _tuning_notes(results)
 
 
 def training_differences(results: dict[str, Any]) -> dict[str, str]:
