@@ -186,6 +186,7 @@ def test_the_routing_is_measured_at_its_interval_and_at_the_end(tiny_run: MakeRu
     assert all(len(line["dropped"]) == 2 for line in lines.values())
     assert 0 < max(lines[10]["routing"]["dropped"]) < 1
     assert [len(layer) for layer in lines[12]["routing"]["load"]] == [4, 4]
+    assert ["overlap" in lines[step]["routing"] for step in (5, 10, 12)] == [False, False, True]
     train(tiny_run("dense", routing_interval=5), tmp_path / "dense")
     assert not any("routing" in line for line in metrics(tmp_path / "dense"))
 
