@@ -33,7 +33,7 @@ class Output:
     """What a forward pass gives. The losses are apart, and none has a coefficient."""
 
     logits: torch.Tensor | None
-    """(B, C, V) in the compute dtype; None when targets were given."""
+    """(B, C, V) in the compute dtype; None when targets were given, or the routing was asked for instead."""
     loss: torch.Tensor | None
     """Next-token cross-entropy in nats, fp32: () or (B, C); None without targets."""
     balance_loss: torch.Tensor
@@ -146,7 +146,8 @@ class GPT(nn.Module):
                 the text gives ids = text[:-1] and targets = text[1:].
             reduction: "mean" over all B·C tokens, or "none".
             cache: of the tokens before `ids`; it is extended.
-            keep_routing: return the routers' decisions too, which are (T, E) tensors of every MoE layer.
+            keep_routing: return the routers' decisions, which are (T, E) tensors of every MoE layer; without targets,
+                instead of the logits.
 
         Raises:
             ValueError: more tokens than the context.
@@ -166,10 +167,11 @@ class GPT(nn.Module):
                 routed.append(decided)
         if cache is not None:
             cache.length += length
-        head = self.token_embedding if self.head is None else self.head
-        logits = linear(self.final_norm(x), head, None)
-        loss = None
-        if targets is not None:
+        logits = loss = None
+        if targets is not None or not keep_routing:
+            head = self.token_embedding if self.head is None else self.head
+            logits = linear(self.final_norm(x), head, None)
+        if targets is not None and logits is not None:
             wide = torch.promote_types(logits.dtype, torch.float32)
             loss = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction=reduction)
             loss = loss.view_as(ids) if reduction == "none" else loss
