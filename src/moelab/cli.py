@@ -28,6 +28,7 @@ from moelab.config import (
     TrainingConfig,
     UpcyclingConfig,
     UsageError,
+    require,
 )
 from moelab.presets import ARMS, PRESETS, arm_model, preset, solve_match
 
@@ -92,7 +93,7 @@ class EvalFlags:
     """Local files of a named corpus."""
     detokenize: bool = False
     """WikiText as natural text, which is what a model trained on natural text is to be scored on."""
-    glob: str = "**/*"
+    glob: str | None = None
     """Which files of a text:PATH folder are read."""
     tokenizer: str | None = None
     """The run's own tokenizer, which is the only one that its model can read; named for a check."""
@@ -226,12 +227,16 @@ def evaluate(arguments: list[str]) -> None:
     from moelab.training.checkpoint import load, read_run
 
     flags = parse(EvalFlags, "eval", arguments)
+    _check_writable(flags.json)
+    require(flags.batch_size is None or flags.batch_size >= 1, "batch-size", flags.batch_size, "give 1 or more")
     run, config = read_run(flags.run)
     tokenizer = Tokenizer.load(run / "tokenizer")
     if flags.tokenizer not in (None, tokenizer.name):
         raise UsageError(f"tokenizer = {flags.tokenizer}: this run reads {tokenizer.name}; leave --tokenizer out")
-    own = DataConfig(data=flags.data, source=flags.source, glob=flags.glob) if flags.data else config.data
+    own = DataConfig(data=flags.data, source=flags.source) if flags.data else config.data
     data = replace(own, source=flags.source or own.source, detokenize=flags.detokenize or own.detokenize)
+    if flags.glob is not None:
+        data = replace(data, glob=flags.glob)
     text = prepare(data, splits=(flags.split,), tokenizer=tokenizer)
     model = load(run, flags.device)
     result = score(model, text.splits[flags.split], flags.split, stride=flags.stride, batch_size=flags.batch_size)
@@ -244,6 +249,16 @@ def evaluate(arguments: list[str]) -> None:
         if name != "split" and value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             print(f"  {name.replace('_', ' '):<16}{shown:>16}")
+
+
+def _check_writable(file: Path | None) -> None:
+    """Raises `UsageError` now, and not when the figures are there."""
+    if file is not None:
+        try:
+            with file.open("a"):
+                pass
+        except OSError as problem:
+            raise UsageError(f"json = {file}: cannot be written ({problem.strerror}); give another file") from None
 
 
 def sample(arguments: list[str]) -> None:
@@ -271,6 +286,7 @@ def inspect(arguments: list[str]) -> None:
     from moelab.training.checkpoint import load, read_run
 
     flags = parse(InspectFlags, "inspect", arguments)
+    _check_writable(flags.json)
     run, config = read_run(flags.run)
     if config.model.moe is None:
         raise UsageError(f"run = {run}: it is dense and has no experts; give a run of an MoE arm")
@@ -467,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moelab: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"moelab: {stop or 'stopped'}", file=sys.stderr)
+        print(f"moelab: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

@@ -235,3 +235,25 @@ def test_inspect_shows_a_text_and_writes_its_routing(
     assert moelab("inspect", trained, "--layer", "3") == 2
     assert "layer = 3: give all, or an MoE layer of this run: 0" in capsys.readouterr().err
     assert moelab("inspect", trained, "--file", tmp_path / "none") == 2
+
+
+def test_eval_detokenizes_when_asked(tmp_path: Path) -> None:
+    article = " \n = Title = \n \n It is so , @-@ or ( not ) . \n" * 40
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.tokens").write_text(article)
+    data = ["--data", "wikitext-2", "--source", tmp_path]
+    assert moelab("train", "smoke", *data, "--out", tmp_path / "run", *SMALL) == 0
+    found = {}
+    for flags in ([], ["--detokenize"]):
+        assert moelab("eval", tmp_path / "run", *flags, "--json", tmp_path / "e.json") == 0
+        found[len(flags)] = json.loads((tmp_path / "e.json").read_text())
+    assert found[0]["words"] == found[1]["words"]
+    assert found[0]["bytes"] == len(article.encode()) > found[1]["bytes"]
+    assert "detokenized" in found[1]["form"]
+
+
+def test_a_file_of_figures_that_cannot_be_written_is_refused_before_scoring(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moelab("eval", trained, "--json", tmp_path / "no" / "e.json") == 2
+    assert "cannot be written (No such file or directory); give another file" in capsys.readouterr().err

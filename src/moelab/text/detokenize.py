@@ -8,24 +8,18 @@ lm-evaluation-harness score WikiText with, the latter an article at a time as is
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from moelab.text.documents import Pieces
-
-
-def _around(opening: str, closing: str, inside: str) -> tuple[re.Pattern[str], str]:
-    """No blanks just inside a pair of brackets or quotes."""
-    pattern = rf"{re.escape(opening)}\s*({inside}*?)\s*{re.escape(closing)}"
-    return re.compile(pattern), rf"{opening}\1{closing}"
-
 
 _BEFORE = (
     ("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."),
     *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
 )  # fmt: skip
-_PAIRS = (
-    _around("(", ")", r"[^\)]"), _around("[", "]", r"[^\]]"), _around("{", "}", r"[^}]"),
-    _around('"', '"', r'[^"]'), _around("'", "'", r"[^']"),
-)  # fmt: skip
+_PAIRS = tuple(
+    (closing, re.compile(rf"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}"), opening)
+    for opening, closing in ("()", "[]", "{}", '""', "''")
+)
 _AFTER = (
     ("= = = =", "===="), ("= = =", "==="), ("= =", "=="),
     (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s"),
@@ -36,11 +30,17 @@ def detokenize(text: str) -> str:
     """One article as natural text."""
     for mark, instead in _BEFORE:
         text = text.replace(mark, instead)
-    for pattern, replacement in _PAIRS:
-        text = pattern.sub(replacement, text)
+    for closing, pair, opening in _PAIRS:
+        # No blanks just inside a pair. Up to the last closing mark each search ends at one: the time is linear.
+        closed, last, rest = text.rpartition(closing)
+        text = pair.sub(partial(_trimmed, opening, closing), closed + last) + rest
     for mark, instead in _AFTER:
         text = text.replace(mark, instead)
     return text
+
+
+def _trimmed(opening: str, closing: str, pair: re.Match[str]) -> str:
+    return f"{opening}{pair[1].strip()}{closing}"
 
 
 def detokenized(pieces: Pieces) -> Pieces:

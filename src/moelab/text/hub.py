@@ -1,7 +1,8 @@
 """WikiText's files on the Hugging Face hub, fetched whole or not at all.
 
-`huggingface_hub` downloads into its own cache (`HF_HOME`), resumes a dropped connection where it stopped, and honours
-`HF_ENDPOINT` and `HF_HUB_OFFLINE`. It compares sizes; the SHA-256 that the hub keeps of a file is compared here.
+`huggingface_hub` downloads into its own cache (`HF_HOME`) and honours `HF_ENDPOINT` and `HF_HUB_OFFLINE`. It resumes a
+dropped connection where it stopped; after a call that was stopped, the next one keeps the files that are whole and
+begins the one at hand again. It compares sizes; the SHA-256 that the hub keeps of a file is compared here.
 """
 
 from __future__ import annotations
@@ -76,10 +77,15 @@ def _checked(path: Path, name: str, instead: str) -> Path:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != blob.name:
-            for damaged in (path.resolve(), blob, path):
-                damaged.unlink(missing_ok=True)
+            forget(path)
             raise RunFailed(f"{name}: what was fetched fails its checksum and was deleted; try again, or {instead}")
     return path
+
+
+def forget(path: Path) -> None:
+    """Deletes a file from the hub's cache, so that it is fetched again."""
+    for damaged in (path.resolve(), path):
+        damaged.unlink(missing_ok=True)
 
 
 @contextmanager

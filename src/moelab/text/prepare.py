@@ -97,12 +97,16 @@ def prepare(
             cannot be written.
         RunFailed: text that the hub has and that could not be fetched whole.
 
-    Safe to call from several processes at once. Memory does not grow with the corpus.
+    Safe to call from several processes at once. Memory does not grow with the corpus; with `detokenize` an article is
+    in memory as a whole.
     """
     home = home or moelab_home()
     if tokenizer is None and data.tokenizer is not None:
         check_name(data.tokenizer)
-    corpus = open_corpus(data)
+    try:
+        corpus = open_corpus(data)
+    except OSError as problem:
+        raise UsageError(f"{problem.filename}: cannot be read ({problem.strerror}); give another path") from None
     for split in splits:
         if split not in corpus.splits():
             raise UsageError(
@@ -227,11 +231,13 @@ class WordCount:
     """Whitespace-separated words, and one more for each end of line, of a text that comes in pieces."""
 
     words: int = 0
+    bytes: int = 0
     in_word: bool = False  # where the last piece ended
 
     def add(self, piece: str) -> None:
         self.words += len(piece.split()) + piece.count("\n") - (self.in_word and not piece[0].isspace())
         self.in_word = not piece[-1].isspace()
+        self.bytes += len(piece.encode())
 
 
 def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None:
@@ -274,11 +280,15 @@ def _write(folder: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> No
         _to_disk(file)
     if documents == 0:
         raise UsageError(f"data = {corpus.name}: its {split} split is empty; give more text")
-    if words and corpus.published_words(split) not in (None, words.words):
-        _say(
-            f"{corpus.name}, {split}: {words.words:,} words where the published split has "
-            f"{corpus.published_words(split):,}; figures on it cannot be set beside published ones"
-        )
+    if words is not None:
+        for found, known, what in zip(
+            (words.words, words.bytes), corpus.published(split), ("words", "bytes"), strict=True
+        ):
+            if known not in (None, found):
+                _say(
+                    f"{corpus.name}, {split}: {found:,} {what} where the published split has {known:,}; figures on it "
+                    "cannot be set beside published ones"
+                )
     meta = {
         "version": VERSION,
         "corpus": corpus.name,

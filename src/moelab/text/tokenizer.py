@@ -109,7 +109,7 @@ def check_name(name: str) -> None:
     kind, _, vocabulary = name.partition(":")
     if name in ("gpt2", "bytes"):
         return
-    if kind != "bpe" or not vocabulary.isdigit():
+    if kind != "bpe" or not (vocabulary.isascii() and vocabulary.isdigit()):
         raise UsageError(f"tokenizer = {name}: give gpt2, bytes, or bpe:VOCAB such as bpe:4096")
     if not 258 <= int(vocabulary) <= 1_000_000:
         raise UsageError(

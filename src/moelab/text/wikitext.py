@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import re
 import stat
 import zipfile
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from moelab.config import UsageError
+from moelab.config import RunFailed, UsageError
 from moelab.text import hub
 from moelab.text.detokenize import detokenized
 from moelab.text.documents import (
@@ -41,11 +42,15 @@ _CONFIGURATIONS = {
 }
 NAMES = tuple(_CONFIGURATIONS)
 
-PUBLISHED_WORDS = {
-    "wikitext-2": {"train": 2_088_628, "valid": 217_646, "test": 245_569},
-    "wikitext-103": {"train": 103_227_021, "valid": 217_646, "test": 245_569},
+_RAW_BYTES: dict[str, tuple[int | None, int | None]] = {"valid": (None, 1_146_846), "test": (None, 1_290_590)}
+PUBLISHED: dict[str, dict[str, tuple[int | None, int | None]]] = {
+    "wikitext-2": {"train": (2_088_628, 10_797_148), "valid": (217_646, 1_121_681), "test": (245_569, 1_256_449)},
+    "wikitext-103": {"train": (103_227_021, None), "valid": (217_646, 1_142_309), "test": (245_569, 1_281_077)},
+    "wikitext-2-raw": _RAW_BYTES,
+    "wikitext-103-raw": _RAW_BYTES,
 }
-"""Words with an end-of-line a line, of the tokenised forms (Merity et al. 2016, table 1)."""
+"""Words of the tokenised forms, with an end-of-line a line (Merity et al. 2016, table 1), and bytes: of the original
+files, and of the raw forms as follows from the sizes that the hub states. WikiText-2 and -103 share numbers of words."""
 
 _SHARD = re.compile(r"(?P<split>train|valid|validation|test)(-(?P<number>\d+)-of-(?P<count>\d+))?\.parquet")
 
@@ -94,9 +99,9 @@ class WikiText:
         """The text that is tokenised: detokenized where that was asked for."""
         return detokenized(pieces) if self.natural else pieces
 
-    def published_words(self, split: str) -> int | None:
-        """Words of the split as published, where that is known."""
-        return PUBLISHED_WORDS.get(self.name.partition(",")[0], {}).get(split)
+    def published(self, split: str) -> tuple[int | None, int | None]:
+        """Words and bytes of the split as published, where they are known."""
+        return PUBLISHED[self.name.partition(",")[0]].get(split, (None, None))
 
 
 class Shards(Protocol):
@@ -153,8 +158,10 @@ class Member:
         try:
             with zipfile.ZipFile(self.archive) as archive, archive.open(self.name) as file:
                 yield from blocks_of(file, f"{self.archive}: {self.name}", advance)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError) as problem:
-            raise UsageError(f"{self.archive}: {self.name} cannot be read ({problem}); get the archive again") from None
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError) as problem:
+            raise UsageError(
+                f"{self.archive}: {self.name} cannot be read ({problem}); get it again, or unpack it and give the folder"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,13 @@ class Hub:
 
     def blocks(self, advance: Advance) -> Iterator[str]:
         for path in self._paths():
-            yield from _lines(path, advance)
+            try:
+                yield from _lines(path, advance)
+            except UsageError as problem:  # nothing that the user gave
+                hub.forget(path)
+                raise RunFailed(
+                    f"{problem}; it was deleted from the hub's cache: try again, or {self.instead}"
+                ) from None
 
 
 def _lines(path: Path, advance: Advance) -> Iterator[str]:
@@ -239,11 +252,18 @@ def _parquet(folder: Path) -> dict[str, Shards]:
     for path in sorted(folder.glob("*.parquet")):
         if shard := _SHARD.fullmatch(path.name):
             split = "valid" if shard["split"] == "validation" else shard["split"]
-            shards.setdefault(split, {})[int(shard["number"] or 0)] = path
-            counts[split] = int(shard["count"] or 1)
+            number, count = int(shard["number"] or 0), int(shard["count"] or 1)
+            found = shards.setdefault(split, {})
+            if number in found or number >= count or counts.setdefault(split, count) != count:
+                first = next(iter(found.values()), path).name
+                raise UsageError(
+                    f"source = {folder}: {path.name} does not go with {first}; leave one set of shards there"
+                )
+            found[number] = path
     for split, paths in shards.items():
-        if missing := sorted(set(range(counts[split])) - set(paths)):
-            raise UsageError(f"source = {folder}: shard {missing[0]} of the {counts[split]} of {split} is missing")
+        if len(paths) < counts[split]:
+            missing = next(number for number in range(counts[split]) if number not in paths)
+            raise UsageError(f"source = {folder}: shard {missing} of the {counts[split]} of {split} is missing")
     return {split: Files(tuple(paths[number] for number in sorted(paths))) for split, paths in shards.items()}
 
 
@@ -251,7 +271,7 @@ def _in_archive(source: Path, configuration: str, suffix: str) -> dict[str, Shar
     try:
         with zipfile.ZipFile(source) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as problem:
+    except (zipfile.BadZipFile, ValueError, RuntimeError, OSError) as problem:
         raise UsageError(f"source = {source}: not a zip archive that can be read ({problem})") from None
     for member in members:
         path = PurePosixPath(member.filename.replace("\\", "/"))
@@ -259,6 +279,7 @@ def _in_archive(source: Path, configuration: str, suffix: str) -> dict[str, Shar
             raise UsageError(f"source = {source}: its member {member.filename!r} lies outside the archive's own folder")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise UsageError(f"source = {source}: its member {member.filename!r} is a symbolic link")
+    members = [m for m in members if not m.is_dir() and "__MACOSX" not in PurePosixPath(m.filename).parts]
     found: dict[str, Shards] = {}
     for split in SPLITS:
         names = [m.filename for m in members if PurePosixPath(m.filename).name == f"wiki.{split}.{suffix}"]
