@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from rich.console import Console
 
+from moelab.bench.layer import LayerBench
 from moelab.config import (
     DataConfig,
     ModelConfig,
@@ -163,6 +165,17 @@ class PrepareFlags(DataConfig):
 
     data: tyro.conf.Positional[str] = field()
     """stdlib, wikitext-2, wikitext-103 (and their -raw forms), or text:PATH."""
+
+
+@dataclass(frozen=True)
+class BenchLayerFlags:
+    """Time one MoE layer with every backend, beside the dense twin."""
+
+    bench: Annotated[LayerBench, tyro.conf.OmitArgPrefixes] = LayerBench()
+    json: Path | None = None
+    """Also write the figures to this file."""
+    picture: Path | None = None
+    """Also draw them to this file (.png or .svg)."""
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,23 @@ def data_prepare(arguments: list[str]) -> None:
         print(f"  {name:<6}{split.scored:>14,} tokens {split.bytes:>15,} bytes {split.documents:>10,} documents{words}")
 
 
+def bench_layer(arguments: list[str]) -> None:
+    """time one MoE layer with every backend, beside the dense twin"""
+    from moelab.bench import bench_layer as measure
+    from moelab.bench.report import draw_layer, print_layer
+
+    flags = parse(BenchLayerFlags, "bench layer", arguments)
+    for file in (flags.json, flags.picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: its folder is not there; make it, or choose another file")
+    results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
+    print_layer(results, Console())
+    if flags.json:
+        flags.json.write_text(json.dumps(results, indent=2) + "\n")
+    if flags.picture:
+        draw_layer(results, flags.picture)
+
+
 def info(arguments: list[str]) -> None:
     """versions, devices, and each way to compute the experts: usable, or why not"""
     from moelab.device import compute_dtype, environment, resolve_device
@@ -370,6 +400,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": inspect,
     "compare": compare,
     "report": report,
+    "bench layer": bench_layer,
 }
 
 

@@ -1,0 +1,5 @@
+"""Timings of one layer, with every backend that gives right answers."""
+
+from moelab.bench.layer import LayerBench, bench_layer
+
+__all__ = ["LayerBench", "bench_layer"]

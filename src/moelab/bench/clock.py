@@ -1,0 +1,76 @@
+"""What a step takes on a device: wall time, the time its kernels ran, and its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], object]
+
+
+def wall_ms(step: Step, steps: int, device: torch.device) -> float:
+    """Milliseconds of a step, of `steps` back to back."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(steps):
+            step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / steps
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - begun) / steps * 1e3
+
+
+def busy_ms(step: Step, steps: int, device: torch.device) -> float | None:
+    """Milliseconds of a step in which a kernel ran, by the profiler; None where it sees none."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(device)
+    microseconds: float = sum(event.self_device_time_total for event in seen.key_averages())
+    return microseconds / 1e3 / steps if microseconds else None
+
+
+def captured(step: Step, device: torch.device) -> Step | None:
+    """The step as a CUDA graph, to be replayed; None where it cannot be captured, as where it waits for the host."""
+    if device.type != "cuda":
+        return None
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # what is allocated or compiled at first use
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError:  # an operation that is not allowed in a capture; the graph is gone
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay
+
+
+def peak_and_kept_mib(
+    forward: Callable[[], torch.Tensor], backward: Callable[[torch.Tensor], object], device: torch.device
+) -> tuple[float, float] | tuple[None, None]:
+    """MiB over what is allocated before a step: at its peak, and after the forward pass (kept for the backward)."""
+    if device.type != "cuda":
+        return None, None
+    torch.cuda.synchronize(device)
+    base = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    y = forward()
+    kept = torch.cuda.memory_allocated(device) - base
+    backward(y)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - base) / 2**20, kept / 2**20

@@ -1,0 +1,266 @@
+"""One MoE feed-forward, router included, forward and backward: every usable backend beside the dense twin.
+
+The dense twin is a feed-forward of hidden size K·F: the same active FLOPs without routing. All are timed in one run,
+in turns, so that what disturbs the device disturbs them alike; a backend is timed when its output and gradients on the
+very inputs that are timed agree with float64.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from moelab.bench.clock import busy_ms, captured, peak_and_kept_mib, wall_ms
+from moelab.config import Activation, ModelConfig, MoEConfig, Precision, UsageError, require
+from moelab.device import compute_dtype, environment, resolve_device
+from moelab.experts import backends
+from moelab.experts.mlp import expert_mlp
+from moelab.model.feed_forward import FeedForward
+from moelab.model.moe import Experts
+from moelab.model.router import Router
+
+Drawn = TypeVar("Drawn", bound=nn.Module)
+
+TWIN = "dense twin"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class LayerBench:
+    """What is timed."""
+
+    widths: tuple[int, ...] = (256, 512, 768, 1024)
+    """Widths D."""
+    tokens: int | None = None
+    """Tokens T; 32,768 on a GPU and 1,024 on a CPU when not given."""
+    experts: int = 8
+    """Experts E."""
+    top_k: int = 2
+    """Experts a token is sent to, K."""
+    multiple: float = 4.0
+    """Hidden size of an expert, F, as a multiple of D."""
+    activation: Activation = "gelu"
+    """Activation; gelu is the exact erf form."""
+    bias: bool = False
+    """Biases of the experts, and of the twin."""
+    routing: str = "router"
+    """Who gets the tokens: what a random router says, zipf:S (expert e in proportion to 1 / (e + 1)^S), or one-hot."""
+    precision: Precision = "auto"
+    """Arithmetic of the products."""
+    backends: tuple[str, ...] = ()
+    """Backends to time; every usable one when none is named."""
+    rounds: int = 7
+    """Rounds of each; the median is reported."""
+    steps: int = 8
+    """Steps of a round."""
+    device: str = "auto"
+    """cuda, cuda:N or cpu."""
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "top_k", "rounds", "steps"):
+            require(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "give 1 or more")
+        require(self.top_k <= self.experts, "top-k", self.top_k, f"give 1 to {self.experts}, the number of experts")
+        require(self.multiple > 0, "multiple", self.multiple, "give more than 0")
+        require(bool(self.widths) and min(self.widths) >= 1, "widths", self.widths, "give one or more, each 1 or more")
+        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "give 1 or more")
+        _skew(self.routing)
+
+
+def _skew(routing: str) -> float | None:
+    """The exponent of zipf:S, infinity for one-hot, None for the router's own."""
+    kind, _, exponent = routing.partition(":")
+    try:
+        if kind == "zipf" and float(exponent) >= 0:
+            return float(exponent)
+    except ValueError:
+        pass
+    if routing not in ("router", "one-hot"):
+        raise UsageError(f"routing = {routing}: give router, zipf:1.2 (or another exponent) or one-hot")
+    return math.inf if routing == "one-hot" else None
+
+
+class Layer(nn.Module):
+    """Router and experts with one backend, and routing that may be laid down."""
+
+    def __init__(self, config: ModelConfig, moe: MoEConfig, backend: str, indices_TK: torch.Tensor | None) -> None:
+        super().__init__()
+        self.activation, self.backend, self.indices_TK = config.activation, backend, indices_TK
+        self.router, self.experts = Router(config.width, moe), Experts(config, moe.experts)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, D) → (T, D)."""
+        routed, e = self.router(x_TD.unsqueeze(0)), self.experts
+        weights_TK, indices_TK = routed.weights, routed.indices
+        if self.indices_TK is not None:  # the router's work is done all the same
+            indices_TK = self.indices_TK
+            weights_TK = torch.softmax(routed.logits.gather(1, indices_TK), dim=-1)
+        y: torch.Tensor = expert_mlp(
+            x_TD, weights_TK, indices_TK, e.w_in, e.w_out, e.b_in, e.b_out,
+            activation=self.activation, backend=self.backend,
+        )  # fmt: skip
+        return y
+
+
+def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Times the layer; returns what was measured and on what.
+
+    Returns:
+        {"environment", "settings", "tokens", "rows": [{"width", "backend", "error" (worst relative error against
+        float64) or "reason" (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms",
+        "tflops", "peak_mib", "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device cannot
+        measure is None.
+
+    Raises:
+        UsageError: a device, precision or backend that is not there.
+    """
+    device = resolve_device(settings.device)
+    dtype = compute_dtype(settings.precision, device)
+    known = backends()
+    for name in settings.backends:
+        require(name in known, "backends", name, f"give some of {', '.join(known)}")
+    tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
+    rows = []
+    for width in settings.widths:
+        say(f"D = {width}")
+        rows += _width(settings, width, tokens, device, dtype)
+    return {
+        "environment": environment(device, dtype), "settings": asdict(settings), "tokens": tokens, "rows": rows,
+    }  # fmt: skip
+
+
+def _width(
+    settings: LayerBench, width: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    hidden = max(1, round(settings.multiple * width))
+    moe = MoEConfig(settings.experts, settings.top_k, expert_hidden=hidden)
+    config = ModelConfig(1, 1, width, 1, activation=settings.activation, bias=settings.bias, moe=moe)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    upstream = torch.randn(tokens, width, generator=generator).to(device, dtype)
+    indices = _laid_down(settings, tokens, generator)
+    indices = None if indices is None else indices.to(device)
+    twin_config = ModelConfig(
+        1, 1, width, 1, hidden=settings.top_k * hidden, activation=settings.activation, bias=settings.bias
+    )
+    layers: dict[str, nn.Module] = {TWIN: _drawn(FeedForward(twin_config), device)}
+    rows: list[dict[str, Any]] = []
+    right = Layer(config, moe, "reference", indices)
+    expected, chosen = _results(_drawn(right, device).double(), x.double(), upstream.double())
+    for name, availability in backends().items():
+        if settings.backends and name not in settings.backends:
+            continue
+        row: dict[str, Any] = {"width": width, "backend": name}
+        rows.append(row)
+        if not availability.usable:
+            row["reason"] = availability.reason
+            continue
+        layer = _drawn(Layer(config, moe, name, indices), device)
+        layer.indices_TK = chosen  # the same routing, where rounding would tip a token to another expert
+        found, _ = _results(layer, x, upstream)
+        layer.indices_TK = indices
+        row["error"] = max(((found[n].double() - t).norm() / t.norm()).item() for n, t in expected.items())
+        if not row["error"] <= TOLERANCE[dtype]:
+            row["reason"] = f"wrong by {row['error']:.2g} relative to float64, more than {TOLERANCE[dtype]:g}"
+            continue
+        layers[name] = layer
+    del expected
+    timed = _timed(settings, layers, x, upstream)
+    flops = (18 if settings.activation == "swiglu" else 12) * tokens * settings.top_k * width * hidden
+    rows.insert(0, {"width": width, "backend": TWIN})
+    for row in rows:
+        if (times := timed.get(row["backend"])) is not None:
+            counted, base = (t["busy_ms"] or t["wall_ms"] or math.nan for t in (times, timed[TWIN]))
+            row |= times | {"tflops": flops / counted / 1e9, "ratio": counted / base}
+    return rows
+
+
+def _laid_down(settings: LayerBench, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
+    """(T, K) experts, all different for a token, in proportion to the skew; None where the router decides."""
+    skew = _skew(settings.routing)
+    if skew is None:
+        return None
+    if skew == math.inf:
+        return torch.arange(settings.top_k).expand(tokens, -1).contiguous()
+    share = (torch.arange(settings.experts) + 1.0) ** -skew
+    return torch.multinomial(share.expand(tokens, -1), settings.top_k, generator=generator)
+
+
+def _drawn(layer: Drawn, device: torch.device) -> Drawn:
+    """The same values for every backend: parameters have the same names in all."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(layer.named_parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return layer.to(device)
+
+
+def _results(layer: Layer, x: torch.Tensor, upstream: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Output and gradients of one step, and the experts that tokens went to."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    parameters = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], upstream)
+    chosen = layer.indices_TK if layer.indices_TK is not None else layer.router(x.unsqueeze(0)).indices
+    return {"y": y.detach()} | dict(zip(["x", *parameters], gradients, strict=True)), chosen
+
+
+def _timed(
+    settings: LayerBench, layers: dict[str, nn.Module], x: torch.Tensor, upstream: torch.Tensor
+) -> dict[str, dict[str, float | None]]:
+    """The times of each layer, all in turns."""
+    device = x.device
+    steps = {name: _step(layer, x, upstream) for name, layer in layers.items()}
+    graphs = {name: captured(step, device) for name, step in steps.items()}
+    for step in steps.values():
+        wall_ms(step, 3, device)
+    walls: dict[str, list[float]] = {name: [] for name in steps}
+    replays: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(settings.rounds):
+        for name, step in steps.items():
+            walls[name].append(wall_ms(step, settings.steps, device))
+            if (graph := graphs[name]) is not None:
+                replays[name].append(wall_ms(graph, settings.steps, device))
+    found: dict[str, dict[str, float | None]] = {}
+    for name, layer in layers.items():
+        forward = _forward(layer, x)
+        whole, front = (busy_ms(step, settings.steps, device) for step in (steps[name], forward))
+        if whole is None or front is None:  # on a CPU all time is busy
+            front = statistics.median(wall_ms(forward, settings.steps, device) for _ in range(settings.rounds))
+            back = statistics.median(walls[name]) - front
+        else:
+            back = whole - front
+        peak, kept = peak_and_kept_mib(forward, lambda y: y.backward(upstream), device)
+        _forget(layer)
+        found[name] = {
+            "wall_ms": statistics.median(walls[name]), "busy_ms": whole,
+            "captured_ms": statistics.median(replays[name]) if replays[name] else None,
+            "forward_ms": front, "backward_ms": back, "peak_mib": peak, "kept_mib": kept,
+        }  # fmt: skip
+    return found
+
+
+def _forward(layer: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    leaf = x.detach().requires_grad_()
+
+    def forward() -> torch.Tensor:
+        y: torch.Tensor = layer(leaf)
+        return y
+
+    return forward
+
+
+def _step(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callable[[], object]:
+    leaf = x.detach().requires_grad_()
+    wanted = [leaf, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(leaf), wanted, upstream)
+
+
+def _forget(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.grad = None

@@ -1,0 +1,80 @@
+"""A layer's timings as a table of 80 columns, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from moelab.compare.picture import ARM_COLOURS, STYLE
+
+DASH = "–"
+
+
+def print_layer(results: dict[str, Any], console: Console) -> None:
+    """A row each width and backend; below, what could not be timed and why, and what the columns are."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("D", "backend"):
+        table.add_column(heading, no_wrap=True)
+    columns = {
+        "wall\nms": "wall_ms", "busy\nms": "busy_ms", "graph\nms": "captured_ms", "fwd\nms": "forward_ms",
+        "bwd\nms": "backward_ms", "÷\ntwin": "ratio", "TFLOP\n/s": "tflops", "peak\nMiB": "peak_mib",
+        "kept\nMiB": "kept_mib",
+    }  # fmt: skip
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = None
+    for row in results["rows"]:
+        if "wall_ms" not in row:
+            continue
+        table.add_row(
+            "" if row["width"] == shown else str(row["width"]), row["backend"],
+            *(_number(row[name]) for name in columns.values()),
+        )  # fmt: skip
+        shown = row["width"]
+    console.print(table)
+    for width, name, reason in [(r["width"], r["backend"], r["reason"]) for r in results["rows"] if "reason" in r]:
+        console.print(f"D = {width}, {name}: no time: {reason}", highlight=False, soft_wrap=True)
+    settings, environment = results["settings"], results["environment"]
+    console.print(
+        f"T = {results['tokens']:,}, E = {settings['experts']}, K = {settings['top_k']}, "
+        f"F = {settings['multiple']:g}·D, {settings['activation']}, {environment['precision']}, "
+        f"routing: {settings['routing']}. Router, forward and backward on {environment['device']}; medians of "
+        f"{settings['rounds']} rounds of {settings['steps']} steps. busy: the kernels' time; graph: a captured step; "
+        "fwd, bwd and ÷ twin are of busy time (of wall on a CPU). TFLOP/s on 12·T·K·D·F (18 for swiglu). kept: held "
+        "for the backward pass.",
+        style="dim", highlight=False,
+    )  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def draw_layer(results: dict[str, Any], path: Path) -> None:
+    """Time over the dense twin's, a group of bars each width; the twin is the line at 1."""
+    widths = list(dict.fromkeys(row["width"] for row in results["rows"]))
+    names = list(dict.fromkeys(row["backend"] for row in results["rows"] if "ratio" in row))[1:]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        thick = 0.8 / max(1, len(names))
+        for place, name in enumerate(names):
+            found = {row["width"]: row["ratio"] for row in results["rows"] if row["backend"] == name and "ratio" in row}
+            at = [widths.index(width) + (place - (len(names) - 1) / 2) * thick for width in found]
+            bars = axes.bar(at, list(found.values()), 0.92 * thick, color=ARM_COLOURS[(place + 1) % 6], label=name)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+        axes.axhline(1, color=ARM_COLOURS[0], linewidth=1.2, label="dense twin")
+        axes.set_xticks(range(len(widths)), [f"D = {width}" for width in widths])
+        axes.set_ylabel("time ÷ dense twin's")
+        axes.set_xlabel(f"{results['environment']['device']}, {results['environment']['precision']}")
+        axes.grid(visible=False, axis="x")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=200)

@@ -1,0 +1,136 @@
+"""The layer bench: what it times is right, in order, and said."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from rich.console import Console
+
+from moelab.bench import LayerBench, bench_layer
+from moelab.bench.layer import Layer, _laid_down
+from moelab.bench.report import print_layer
+from moelab.cli import main
+from moelab.config import ModelConfig, MoEConfig, UsageError
+from moelab.experts import mlp, reference
+
+SMALL = LayerBench(widths=(16, 24), tokens=40, experts=4, multiple=2, rounds=2, steps=1, precision="fp32", device="cpu")
+
+
+def test_every_usable_backend_and_the_twin_have_a_time_at_every_width() -> None:
+    results = bench_layer(SMALL)
+    assert [(row["width"], row["backend"]) for row in results["rows"]] == [
+        (width, name) for width in (16, 24) for name in ("dense twin", *mlp.BACKENDS)
+    ]
+    for row in results["rows"]:
+        assert row["wall_ms"] > 0
+        assert row["busy_ms"] is row["captured_ms"] is row["peak_mib"] is None  # not measured on a CPU
+        assert row["forward_ms"] + row["backward_ms"] == pytest.approx(row["wall_ms"])
+        assert row["tflops"] == pytest.approx(12 * 40 * 2 * row["width"] ** 2 * 2 / row["wall_ms"] / 1e9)
+    twin = [row for row in results["rows"] if row["backend"] == "dense twin"]
+    assert [row["ratio"] for row in twin] == [1, 1]
+    assert results["environment"]["torch"] == torch.__version__
+
+
+def test_a_backend_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ModuleType("wrong")
+    wrong.unusable = lambda device: None
+    wrong.expert_mlp = lambda *args: 1.001 * reference.expert_mlp(*args)  # too little for the check of `backends()`
+    monkeypatch.setitem(mlp.BACKENDS, "wrong", wrong)
+    (row,) = [row for row in bench_layer(replace(SMALL, widths=(16,)))["rows"] if row["backend"] == "wrong"]
+    assert "wall_ms" not in row
+    assert row["error"] == pytest.approx(1e-3, rel=0.1)
+    assert "relative to float64" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    "rules", [{"activation": "swiglu", "bias": True}, {"routing": "one-hot"}, {"routing": "zipf:1.5"}], ids=str
+)
+def test_other_layers_are_checked_and_timed_too(rules: dict[str, object]) -> None:
+    results = bench_layer(replace(SMALL, widths=(16,), **rules))  # type: ignore[arg-type]
+    assert all(row["wall_ms"] > 0 for row in results["rows"])
+    assert all(row["error"] < 1e-5 for row in results["rows"][1:])
+
+
+def test_laid_down_routing_has_its_skew() -> None:
+    draw = _laid_down(LayerBench(routing="zipf:1", experts=8, top_k=1), 20_000, torch.Generator().manual_seed(0))
+    assert draw is not None
+    share = torch.bincount(draw.flatten(), minlength=8) / 20_000
+    harmonic = sum(1 / (e + 1) for e in range(8))
+    assert share.tolist() == pytest.approx([1 / (e + 1) / harmonic for e in range(8)], abs=0.02)
+    all_to_two = _laid_down(LayerBench(routing="one-hot"), 5, torch.Generator())
+    assert all_to_two is not None
+    assert all_to_two.tolist() == [[0, 1]] * 5
+
+
+def test_the_timed_layer_is_the_models_own() -> None:
+    """With the router's routing, what is timed computes what `MoE` does."""
+    from moelab.model.moe import MoE
+
+    config = ModelConfig(1, 1, 16, 1, moe=MoEConfig(4, 2, expert_hidden=32))
+    assert config.moe is not None
+    model = MoE(config, config.moe)
+    layer = Layer(config, config.moe, "auto", None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    layer.load_state_dict(model.state_dict())
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), model(x.unsqueeze(0))[0].squeeze(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"routing": "zipf"}, "routing = zipf: give router, zipf:1.2"),
+        ({"top_k": 9}, "top-k = 9: give 1 to 4"),
+        ({"widths": ()}, r"widths = \(\): give one or more"),
+        ({"tokens": 0}, "tokens = 0: give 1 or more"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        replace(SMALL, **change)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="backends = fast: give some of grouped_mm, reference"):
+        bench_layer(replace(SMALL, backends=("fast",)))
+
+
+def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench_layer(replace(SMALL, widths=(16,)))
+    results["rows"][1] |= {
+        "wall_ms": 1234.5,
+        "busy_ms": 123.45,
+        "captured_ms": 99.9,
+        "peak_mib": 12345.6,
+        "kept_mib": 9999.0,
+    }
+    results["rows"][2] = {"width": 16, "backend": "triton", "reason": "no GPU"}
+    print_layer(results, Console(width=80))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "D = 16, triton: no time: no GPU" in out
+    assert "T = 40, E = 4, K = 2, F = 2·D" in out
+
+
+def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench layer --widths 16 --tokens 20 --rounds 1 --steps 1 --device cpu --precision fp32".split()
+    assert main([*words, "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["dense twin", *mlp.BACKENDS]
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert "dense twin" in capsys.readouterr().out
+    assert main([*words, "--json", str(tmp_path / "no" / "a.json")]) == 2
+    assert not math.isnan(rows[1]["ratio"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_column_is_measured() -> None:
+    results = bench_layer(LayerBench(widths=(128,), tokens=2048, rounds=2, steps=2, backends=("grouped_mm",)))
+    for row in results["rows"]:
+        for name in ("wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "peak_mib", "kept_mib", "ratio"):
+            assert row[name] > 0, (row["backend"], name)
+        assert row["busy_ms"] <= 1.1 * row["wall_ms"]
