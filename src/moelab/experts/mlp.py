@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts import grouped_mm, reference, self_check
+from moelab.experts import grouped_mm, reference, self_check, triton
 from moelab.experts.activation import inner_size
 
 # A backend is a module with `expert_mlp`, and `unusable` that says why it cannot be used on a device. The order is that
@@ -21,7 +21,7 @@ from moelab.experts.activation import inner_size
 #     reference   fp32          49                 208                  467
 #     grouped_mm  bf16          18                  64                   36
 #     reference   bf16          21                  72                  170
-BACKENDS: dict[str, ModuleType] = {"grouped_mm": grouped_mm, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"grouped_mm": grouped_mm, "reference": reference, "triton": triton}
 
 
 @dataclass(frozen=True)

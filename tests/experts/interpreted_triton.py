@@ -1,0 +1,79 @@
+"""The Triton kernels, interpreted on a CPU: small, and against float64. `test_triton.py` runs this file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelab.experts import reference, triton
+
+SHAPES = [(37, 20, 36, 5, 2), (150, 100, 70, 4, 1), (9, 16, 33, 3, 3)]  # T, D, F, E, K
+
+
+def drawn(shape: tuple[int, ...], activation: str, bias: bool, dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """x, weights, w_in, w_out, b_in, b_out and the upstream gradient, as dtype rounds them."""
+    tokens, width, hidden, experts, top_k = shape
+    inner = 2 * hidden if activation == "swiglu" else hidden
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        torch.randn(s, generator=generator) / 3
+        for s in (
+            (tokens, width), (tokens, top_k), (experts, inner, width), (experts, width, hidden), (experts, inner),
+            (experts, width), (tokens, width),
+        )
+    ]  # fmt: skip
+    rounded: list[torch.Tensor | None] = [t if i == 1 else t.to(dtype) for i, t in enumerate(made)]
+    return rounded if bias else [*rounded[:4], None, None, rounded[6]]
+
+
+def routed(shape: tuple[int, ...]) -> torch.Tensor:
+    """Different experts for a token, the last expert idle where there are enough, one slot dropped."""
+    tokens, _, _, experts, top_k = shape
+    generator = torch.Generator().manual_seed(1)
+    busy = experts - 1 if experts > top_k else experts
+    indices = torch.stack([torch.randperm(busy, generator=generator)[:top_k] for _ in range(tokens)])
+    indices[2, 0] = -1
+    return indices
+
+
+def results(module, inputs, indices, activation: str, dtype: torch.dtype) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+    wide = torch.promote_types(dtype, torch.float32)
+    leaves = [t if t is None else t.to(wide if i == 1 else dtype).requires_grad_() for i, t in enumerate(inputs[:6])]
+    x, weights, *parameters = leaves
+    y = module.expert_mlp(x, weights, indices, *parameters, activation)
+    gradients = torch.autograd.grad(y, [t for t in leaves if t is not None], inputs[6].to(y.dtype))
+    return [y.detach(), *gradients]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2", "silu", "swiglu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_are_those_of_float64(shape: tuple[int, ...], activation: str, bias: bool) -> None:
+    indices = routed(shape)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):  # the interpreter cuts bf16 off
+        inputs = drawn(shape, activation, bias, dtype)
+        found = results(triton, inputs, indices, activation, dtype)
+        expected = results(reference, inputs, indices, activation, torch.float64)
+        for one, other in zip(found, expected, strict=True):
+            assert ((one.double() - other).norm() / other.norm()).item() <= tolerance
+
+
+def test_an_idle_expert_has_gradient_0_and_no_tokens_give_no_rows() -> None:
+    shape = (37, 20, 36, 5, 2)
+    inputs = drawn(shape, "gelu", True, torch.float32)
+    _, _, _, d_w_in, d_w_out, d_b_in, d_b_out = results(triton, inputs, routed(shape), "gelu", torch.float32)
+    assert all(not gradient[4].any() for gradient in (d_w_in, d_w_out, d_b_in, d_b_out))
+    empty = drawn((0, 20, 36, 5, 2), "gelu", True, torch.float32)
+    y, *gradients = results(triton, empty, torch.empty(0, 2, dtype=torch.int64), "gelu", torch.float32)
+    assert y.shape == (0, 20)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_nan_in_one_token_stays_in_that_token() -> None:
+    shape = (37, 20, 36, 5, 2)
+    inputs = drawn(shape, "gelu", True, torch.float32)
+    assert inputs[0] is not None
+    inputs[0][7, 3] = torch.nan
+    y, d_x, *_ = results(triton, inputs, routed(shape), "gelu", torch.float32)
+    for values in (y, d_x):
+        assert values.isnan().any(1).nonzero().flatten().tolist() == [7]
