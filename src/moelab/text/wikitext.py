@@ -50,7 +50,7 @@ PUBLISHED: dict[str, dict[str, tuple[int | None, int | None]]] = {
     "wikitext-103-raw": _RAW_BYTES,
 }
 """Words of the tokenised forms, with an end-of-line a line (Merity et al. 2016, table 1), and bytes: of the original
-files, and of the raw forms as follows from the sizes that the hub states. WikiText-2 and -103 share numbers of words."""
+files, and of the raw forms as follows from the sizes that the hub states. WikiText-2 and -103 share their words."""
 
 _SHARD = re.compile(r"(?P<split>train|valid|validation|test)(-(?P<number>\d+)-of-(?P<count>\d+))?\.parquet")
 
@@ -160,7 +160,7 @@ class Member:
                 yield from blocks_of(file, f"{self.archive}: {self.name}", advance)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, EOFError, OSError) as problem:
             raise UsageError(
-                f"{self.archive}: {self.name} cannot be read ({problem}); get it again, or unpack it and give the folder"
+                f"{self.archive}: {self.name} cannot be read ({problem}); get it again, or give it unpacked"
             ) from None
 
 
