@@ -55,7 +55,9 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
 def _number(value: float | None) -> str:
     if value is None:
         return DASH
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+    if value < 0.001:
+        return "<.001"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
 def draw_layer(results: dict[str, Any], path: Path) -> None:
