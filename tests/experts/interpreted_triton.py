@@ -77,3 +77,38 @@ def test_a_nan_in_one_token_stays_in_that_token() -> None:
     y, d_x, *_ = results(triton, inputs, routed(shape), "gelu", torch.float32)
     for values in (y, d_x):
         assert values.isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+def test_long_sums_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows for some experts, one for others, none for the idle one; tiles in groups."""
+    monkeypatch.setattr(triton, "WIDE", triton.Tile(16, 16, 16, warps=4, group=3, chunk=32))
+    shape = (150, 36, 40, 5, 2)
+    indices = routed(shape)
+    indices[:120, 0] = 1  # nearly all to one expert
+    indices[:120, 1] = torch.where(indices[:120, 1] == 1, 2, indices[:120, 1])
+    inputs = drawn(shape, "gelu", True, torch.float32)
+    found = results(triton, inputs, indices, "gelu", torch.float32)
+    expected = results(reference, inputs, indices, "gelu", torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        assert ((one.double() - other).norm() / other.norm()).item() <= 1e-5
+
+
+def test_an_epilogue_in_halves_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (37, 20, 130, 3, 2)
+    inputs = drawn(shape, "gelu", True, torch.float32)
+    whole = results(triton, inputs, routed(shape), "gelu", torch.float32)
+    monkeypatch.setattr(triton, "WIDE", triton.WIDE._replace(halves=True))
+    for one, other in zip(results(triton, inputs, routed(shape), "gelu", torch.float32), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (700, 3, 2), (5000, 64, 1), (3000, 8, 4)])
+def test_slots_are_sorted_by_expert_and_stay_in_order(tokens: int, experts: int, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.randint(-1, experts, (tokens, top_k), generator=generator)
+    slot_of_row, row_of_slot, offsets = triton.sort_slots(indices, experts)
+    expert = torch.where(indices < 0, experts, indices).flatten()
+    order = torch.sort(expert, stable=True).indices
+    assert slot_of_row.tolist() == order.tolist()
+    assert row_of_slot[order].tolist() == list(range(indices.numel()))
+    assert offsets.tolist() == torch.bincount(expert, minlength=experts + 1).cumsum(0)[:experts].tolist()

@@ -17,12 +17,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts.grouped_mm import sort_slots
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +57,7 @@ def expert_mlp(
         parameters = [t for t in (weights_TK, w_in, w_out, b_in, b_out) if t is not None]
         return x_TD + 0 * sum(t.sum().to(x_TD.dtype) for t in parameters)  # gradients of zeros
     y: torch.Tensor = torch.ops.moelab.fused_experts(
-        x_TD.contiguous(), weights_TK.contiguous(), indices_TK, w_in.contiguous(), w_out.contiguous(),
+        x_TD.contiguous(), weights_TK.contiguous(), indices_TK.contiguous(), w_in.contiguous(), w_out.contiguous(),
         None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(), activation,
     )[0]  # fmt: skip
     return y
@@ -72,18 +71,17 @@ def fused_experts(
     x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
     b_in: torch.Tensor | None, b_out: torch.Tensor | None, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """→ y (T, D), z (N, F or 2F), slot_of_row (N,) and row_of_slot (N,) int64, offsets (E,) int32."""
-    routing = sort_slots(indices, w_in.shape[0])
-    slot_of_row, row_of_slot, offsets = routing.slot_of_row, routing.row_of_slot, routing.offsets
+    """→ y (T, D), z (N, F or 2F), slot_of_row (N,) and row_of_slot (N,) int32, offsets (E,) int32."""
+    slot_of_row, row_of_slot, offsets = sort_slots(indices, w_in.shape[0])
     slots, width, hidden = indices.numel(), x.shape[1], w_out.shape[2]
     z = x.new_empty(slots, w_in.shape[1])
     h = x.new_empty(slots, hidden)
     _product(
-        x, w_in, (w_in.shape[1] * width, width, 1), hidden, offsets,
-        bias=b_in, slot_of_row=slot_of_row, top_k=indices.shape[1], epilogue="act", activation=activation, z=z, h=h,
+        "up", x, w_in, (w_in.shape[1] * width, width, 1), hidden, offsets, out=z, h=h,
+        bias=b_in, slot_of_row=slot_of_row, top_k=indices.shape[1], epilogue="act", activation=activation,
     )  # fmt: skip
     rows = x.new_empty(slots, width)
-    _product(h, w_out, (width * hidden, hidden, 1), width, offsets, bias=b_out, out=rows)
+    _product("down", h, w_out, (width * hidden, hidden, 1), width, offsets, bias=b_out, out=rows)
     y = _combine(rows, row_of_slot, offsets, indices, weights)
     return y, z, slot_of_row, row_of_slot, offsets
 
@@ -91,7 +89,7 @@ def fused_experts(
 @fused_experts.register_fake
 def _(x: Any, weights: Any, indices: Any, w_in: Any, w_out: Any, b_in: Any, b_out: Any, activation: str) -> Tensors:
     slots = indices.numel()
-    rows = indices.new_empty(slots, dtype=torch.int64)
+    rows = indices.new_empty(slots, dtype=torch.int32)
     z = x.new_empty(slots, w_in.shape[1])
     return torch.empty_like(x), z, rows, torch.empty_like(rows), indices.new_empty(w_in.shape[0], dtype=torch.int32)
 
@@ -109,27 +107,39 @@ def fused_experts_backward(
     experts, inner, width = w_in.shape
     hidden, top_k = w_out.shape[2], indices.shape[1]
     slots = indices.numel()
-    row_weights = weights.flatten()[slot_of_row]
+    tile = tile_of("slope", x.dtype, width, hidden, activation)
     dz, h = torch.empty_like(z), x.new_empty(slots, hidden)
-    blocks = -(-hidden // _shape(x.dtype, hidden, width)["COLUMNS"])
-    partial = torch.empty(slots, blocks, dtype=torch.float32, device=x.device)
+    partial = torch.empty(slots, -(-hidden // tile.columns), dtype=torch.float32, device=x.device)
+    tiles = _tiles(slots, experts, tile.rows)
+    bias_parts = torch.empty(tiles if b_in is not None else 0, inner, dtype=torch.float32, device=x.device)
     _product(
-        dy, w_out, (width * hidden, 1, hidden), hidden, offsets, out=dz, slot_of_row=slot_of_row, top_k=top_k,
-        epilogue="slope", activation=activation, z=z, h=h, row_weights=row_weights, partial=partial,
+        "slope", dy, w_out, (width * hidden, 1, hidden), hidden, offsets, out=dz, h=h, slot_of_row=slot_of_row,
+        top_k=top_k, epilogue="slope", activation=activation, z=z, weights=weights, partial=partial,
+        bias_parts=bias_parts, bias=b_in,
     )  # fmt: skip
     d_weights = torch.empty_like(weights)
     kernels.slot_gradient[(-(-slots // 64),)](
-        partial, dy, b_out if b_out is not None else dy, row_of_slot, indices.flatten(), offsets, d_weights, slots,
-        blocks, width, TOP_K=top_k, EXPERTS=experts, HAS_BIAS=b_out is not None, SLOTS=64, BLOCKS=_power_of_2(blocks),
-        COLUMNS=64,
+        partial, dy, b_out if b_out is not None else dy, row_of_slot, indices, offsets, d_weights, slots,
+        partial.shape[1], width, TOP_K=top_k, EXPERTS=experts, HAS_BIAS=b_out is not None, SLOTS=64,
+        BLOCKS=_power_of_2(partial.shape[1]), COLUMNS=64,
     )  # fmt: skip
-    d_w_out, d_b_out = _weight_gradient(
-        dy, h, offsets, slot_of_row, top_k, w_out, b_out, gather_dy=True, row_weights=row_weights
-    )
+    d_w_out = _weight_gradient("out", dy, h, offsets, slot_of_row, top_k, w_out)
+    del h
+    d_b_out = x.new_empty(0)
+    if b_out is not None:
+        chunks = _tiles(slots, experts, BIAS_CHUNK)
+        parts = torch.empty(chunks, width, dtype=torch.float32, device=x.device)
+        kernels.bias_parts[(-(-width // 64), chunks)](
+            dy, slot_of_row, weights, offsets, parts, width, TOP_K=top_k, EXPERTS=experts,
+            EXPERTS_2=_power_of_2(experts), LONGEST=BIAS_CHUNK, STEP=64, COLUMNS=64,
+        )  # fmt: skip
+        d_b_out = _sum_bias_parts(parts, offsets, BIAS_CHUNK, b_out)
+    d_b_in = _sum_bias_parts(bias_parts, offsets, tile.rows, b_in) if b_in is not None else x.new_empty(0)
     d_rows = x.new_empty(slots, width)
-    _product(dz, w_in, (inner * width, 1, width), width, offsets, out=d_rows)
-    d_w_in, d_b_in = _weight_gradient(dz, x, offsets, slot_of_row, top_k, w_in, b_in, gather_dy=False)
+    _product("back", dz, w_in, (inner * width, 1, width), width, offsets, out=d_rows)
     d_x = _combine(d_rows, row_of_slot, offsets, indices, None)
+    del d_rows
+    d_w_in = _weight_gradient("in", dz, x, offsets, slot_of_row, top_k, w_in)
     return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 
 
@@ -164,63 +174,187 @@ fused_experts.register_autograd(_backward, setup_context=_keep)
 # Launches
 
 
-def _shape(dtype: torch.dtype, outside: int, inside: int) -> dict[str, int]:
-    """Tile of a product: rows, columns, and how much of the inside is multiplied at once."""
-    wide = dtype == torch.float32
-    return {
-        "ROWS": 64 if wide else 128,
-        "COLUMNS": min(64 if wide else 128, max(16, _power_of_2(outside))),
-        "DEPTH": min(32 if wide else 64, max(16, _power_of_2(inside))),
-    }
+class Tile(NamedTuple):
+    """What a program of a product computes, and how."""
+
+    rows: int
+    columns: int
+    depth: int
+    """Of the dimension that is summed over, multiplied at once."""
+    warps: int = 8
+    stages: int = 3
+    """Of loads, held in shared memory."""
+    group: int = 8
+    """Tiles of rows that go down a column of tiles before the next column."""
+    halves: bool = False
+    """The epilogue in two halves, for fewer registers."""
+    registers: int | None = None
+    """At most so many a thread, so that two programs fit a multiprocessor."""
+    chunk: int = 1 << 30
+    """Weight gradients: at most so many rows in a sum; longer ones are summed in parts, in their order."""
+
+
+# By product and largest width D, from `benchmarks/tiles.py` on one NVIDIA H200.
+#   up: x W_inᵀ and the activation    down: h W_outᵀ    slope: dy W_out and the activation's backward    back: dz W_in
+#   in, out: the gradients of W_in and W_out
+TILES: dict[str, dict[int, Tile]] = {
+    "up": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 128, 64)},
+    "down": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 256, 64)},
+    "slope": {256: Tile(128, 128, 64, halves=True, registers=128), 1 << 30: Tile(128, 128, 64, halves=True)},
+    "back": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 256, 64)},
+    "in": {256: Tile(128, 128, 64, chunk=4096), 1 << 30: Tile(128, 256, 64, chunk=10240)},
+    "out": {256: Tile(128, 128, 64, chunk=4096), 1 << 30: Tile(128, 256, 64, chunk=10240)},
+}
+WIDE = Tile(64, 64, 32, warps=4, chunk=4096)  # fp32, on the ordinary cores
+BIAS_CHUNK = 1024
+
+
+def tile_of(product: str, dtype: torch.dtype, width: int, hidden: int, activation: str = "") -> Tile:
+    """The tile of a product for experts (D = width, F = hidden), no larger than they are."""
+    table = TILES[product]
+    tile = WIDE if dtype == torch.float32 else next(table[most] for most in sorted(table) if width <= most)
+    outside, inside = {
+        "up": (hidden, width), "down": (width, hidden), "slope": (hidden, width), "back": (width, hidden),
+        "in": (hidden, width), "out": (width, hidden),
+    }[product]  # fmt: skip
+    if product in ("in", "out"):  # both sides of the tile are of the weights
+        rows, columns = min(tile.rows, _side(outside)), min(tile.columns, _side(inside))
+        return tile._replace(rows=rows, columns=columns)
+    columns = min(tile.columns, _side(outside))
+    if activation == "swiglu" and product in ("up", "slope"):  # two products, or two inputs, to hold
+        columns = max(16, columns // 2)
+    return tile._replace(columns=columns, depth=min(tile.depth, _side(inside)), halves=tile.halves and columns >= 64)
+
+
+def _side(size: int) -> int:
+    return max(16, _power_of_2(size))
+
+
+def _tiles(slots: int, experts: int, rows: int) -> int:
+    """As many tiles of rows as there can be: each expert's last one may be cut."""
+    return slots // rows + min(experts, slots)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def _pairs(device: torch.device) -> bool:
+    """Whether an accumulator's columns 2i and 2i + 1 lie in one thread (`triton_kernels._read`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (8, 9)
+
+
+def _compiled(tile: Tile, dtype: torch.dtype, device: torch.device, operands: int, loads: int = 1) -> dict[str, Any]:
+    """Options of the compiler; `operands` rows and columns are held a stage, fewer stages where they do not fit.
+
+    `loads` that follow on one another, as a row's number and then the row, are a stage apart each.
+    """
+    stages = tile.stages
+    if device.type == "cuda":
+        stage = operands * tile.depth * dtype.itemsize
+        stages = max(1, min(stages, (_shared_memory(device) - 2048) // stage))
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": loads * (stages - 1) + 1}
+    if tile.registers is not None and device.type == "cuda":
+        options["maxnreg"] = tile.registers
+    return options
+
+
+def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stable counting sort of the slots (t, k), in that order, by expert; dropped ones last.
+
+    Args:
+        indices: (T, K) integers; what is not from 0 to E − 1 is a dropped slot.
+
+    Returns:
+        slot_of_row (N,) and its inverse row_of_slot (N,), int32; offsets (E,) int32, where each expert's rows end.
+    """
+    from moelab.experts import triton_kernels as kernels
+
+    slots, bins = indices.numel(), _power_of_2(experts + 1)
+    step = max(16, min(256, 16384 // bins))
+    span = max(4, -(-slots // (step * 128))) * step  # at most 128 programs, whose counts each of them adds up
+    blocks = -(-slots // span)
+    counts = torch.empty(blocks, bins, dtype=torch.int32, device=indices.device)
+    slot_of_row = torch.empty(slots, dtype=torch.int32, device=indices.device)
+    row_of_slot, offsets = torch.empty_like(slot_of_row), slot_of_row.new_empty(experts)
+    shape = {"EXPERTS": experts, "EXPERTS_2": bins, "STEP": step}
+    kernels.count[(blocks,)](indices, counts, slots, span, **shape)
+    kernels.place[(blocks,)](
+        indices, counts, slot_of_row, row_of_slot, offsets, slots, span, blocks, BLOCKS=_power_of_2(blocks), **shape
+    )
+    return slot_of_row, row_of_slot, offsets
 
 
 def _product(
-    a: torch.Tensor, w: torch.Tensor, strides: tuple[int, int, int], outside: int, offsets: torch.Tensor, *,
-    out: torch.Tensor | None = None, bias: torch.Tensor | None = None, slot_of_row: torch.Tensor | None = None,
+    name: str, a: torch.Tensor, w: torch.Tensor, strides: tuple[int, int, int], outside: int, offsets: torch.Tensor, *,
+    out: torch.Tensor, bias: torch.Tensor | None = None, slot_of_row: torch.Tensor | None = None,
     top_k: int = 1, epilogue: str = "", activation: str = "", z: torch.Tensor | None = None,
-    h: torch.Tensor | None = None, row_weights: torch.Tensor | None = None, partial: torch.Tensor | None = None,
+    h: torch.Tensor | None = None, weights: torch.Tensor | None = None, partial: torch.Tensor | None = None,
+    bias_parts: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launches `product`; strides are those of w by expert, output and input."""
     from moelab.experts import triton_kernels as kernels
 
-    slots = next(t for t in (out, h) if t is not None).shape[0]
     experts, inside = len(offsets), a.shape[1]
-    shape = _shape(a.dtype, outside, inside)
-    tiles = -(-slots // shape["ROWS"]) + experts
+    width, hidden = (inside, outside) if name in ("up", "slope") else (outside, inside)
+    tile = tile_of(name, a.dtype, width, hidden, activation)
+    tiles = _tiles(out.shape[0], experts, tile.rows)
+    whole = outside % tile.columns == 0
     some = a  # stands where a pointer is not used
-    kernels.product[(tiles * -(-outside // shape["COLUMNS"]),)](
-        a, slot_of_row if slot_of_row is not None else some, w, bias if bias is not None else some,
-        out if out is not None else some, offsets, z if z is not None else some, h if h is not None else some,
-        row_weights if row_weights is not None else some, partial if partial is not None else some,
-        inside, outside, *strides,
-        GATHER=slot_of_row is not None, TOP_K=top_k, EPILOGUE=epilogue, ACTIVATION=activation,
-        EXPERTS=experts, EXPERTS_2=_power_of_2(experts), HAS_BIAS=bias is not None, **_arithmetic(a.dtype), **shape,
-        num_warps=4 if a.dtype == torch.float32 else 8, num_stages=3,
+    z, h, weights, partial, bias_parts, slot_of_row = (
+        t if t is not None else some for t in (z if z is not None else out, h, weights, partial, bias_parts, slot_of_row)
+    )
+    gated = activation == "swiglu" and epilogue == "act"
+    kernels.product[(tiles * -(-outside // tile.columns),)](
+        a, slot_of_row, w, bias if bias is not None else some, out, offsets, z, h, weights, partial, bias_parts,
+        inside, outside, *strides, tiles,
+        GATHER=epilogue != "", TOP_K=top_k, EPILOGUE=epilogue, ACTIVATION=activation,
+        EXPERTS=experts, EXPERTS_2=_power_of_2(experts), HAS_BIAS=bias is not None, **_arithmetic(a.dtype),
+        EXACT=a.dtype == torch.float32, EVEN=inside % tile.depth == 0, WHOLE=whole,
+        DIRECT=whole and a.element_size() == 2 and _pairs(a.device), ROWS=tile.rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, GROUP=tile.group, HALVES=tile.halves and epilogue == "slope",
+        **_compiled(tile, a.dtype, a.device, tile.rows + tile.columns * (1 + gated)),
     )  # fmt: skip
 
 
 def _weight_gradient(
-    dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, slot_of_row: torch.Tensor, top_k: int,
-    w: torch.Tensor, b: torch.Tensor | None, *, gather_dy: bool, row_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    name: str, dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, slot_of_row: torch.Tensor, top_k: int,
+    w: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient of w (E, outside, inside); the operand that is of tokens, dy for "out" and x for "in", is gathered."""
     from moelab.experts import triton_kernels as kernels
 
     experts, outside, inside = w.shape
-    dw, db = torch.empty_like(w), torch.empty_like(b) if b is not None else w.new_empty(0)
-    wide = w.dtype == torch.float32
-    shape = {
-        "ROWS": min(64 if wide else 128, max(16, _power_of_2(outside))),
-        "COLUMNS": min(64 if wide else 128, max(16, _power_of_2(inside))),
-        "DEPTH": 32 if wide else 64,
-    }
-    grid = (-(-outside // shape["ROWS"]) * -(-inside // shape["COLUMNS"]), experts)
-    kernels.weight_gradient[grid](
-        dy, x, slot_of_row, row_weights if row_weights is not None else dy, offsets, dw, db, outside, inside,
-        GATHER_DY=gather_dy, GATHER_X=not gather_dy, TOP_K=top_k, HAS_BIAS=b is not None,
-        WEIGHTED_BIAS=row_weights is not None, **_arithmetic(w.dtype), **shape, num_warps=4 if wide else 8,
-        num_stages=3,
+    dw, slots = torch.empty_like(w), len(slot_of_row)
+    width, hidden = (inside, outside) if name == "in" else (outside, inside)
+    tile = tile_of(name, w.dtype, width, hidden)
+    chunks = _tiles(slots, experts, tile.chunk)
+    several = 0 if slots <= tile.chunk else min(chunks, 2 * slots // tile.chunk)
+    parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
+    shared = {"EXPERTS": experts, "EXPERTS_2": _power_of_2(experts)}
+    kernels.weight_gradient[(-(-outside // tile.rows) * -(-inside // tile.columns), chunks)](
+        dy, x, slot_of_row, offsets, dw, parts, outside, inside, tile.chunk,
+        GATHER_DY=name == "out", GATHER_X=name == "in", TOP_K=top_k, **shared, **_arithmetic(w.dtype),
+        WHOLE=outside % tile.rows == 0 and inside % tile.columns == 0, ROWS=tile.rows, COLUMNS=tile.columns,
+        DEPTH=tile.depth, **_compiled(tile, w.dtype, w.device, tile.rows + tile.columns, loads=2),
     )  # fmt: skip
-    return dw, db
+    size = outside * inside
+    kernels.sum_parts[(-(-size // 4096), experts)](parts, offsets, dw, size, tile.chunk, **shared, BLOCK=4096)
+    return dw
+
+
+def _sum_bias_parts(parts: torch.Tensor, offsets: torch.Tensor, chunk: int, bias: torch.Tensor) -> torch.Tensor:
+    from moelab.experts import triton_kernels as kernels
+
+    experts, width = bias.shape
+    db = torch.empty_like(bias)
+    kernels.sum_bias_parts[(-(-width // 64), experts)](
+        parts, offsets, db, width, EXPERTS=experts, EXPERTS_2=_power_of_2(experts), LONGEST=chunk, STEP=64, COLUMNS=64
+    )
+    return db
 
 
 def _combine(

@@ -5,6 +5,9 @@ computes a tile of rows of one expert. How many tiles an expert has is known on 
 as it can be, each program finds its expert in the offsets, and programs past the last tile return at once.
 
 Every sum runs in a fixed order. Products accumulate in fp32; `PRECISION` "ieee" keeps fp32 inputs whole.
+
+Places in a tensor are 64-bit where they depend on a row and 32-bit within a tile. Rows past the end are read from the
+last one inside, and never written: a load without a mask costs fewer instructions.
 """
 
 from __future__ import annotations
@@ -12,10 +15,110 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Sorting
+
+
+@triton.jit
+def _bins(indices, first, slots, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, STEP: tl.constexpr):
+    """One-hot (STEP, EXPERTS_2) int32 of the experts of `STEP` slots; a dropped slot is in bin EXPERTS."""
+    s = first + tl.arange(0, STEP)
+    expert = tl.load(indices + s, mask=s < slots, other=EXPERTS_2).to(tl.int32)
+    expert = tl.where((expert < 0) | ((expert >= EXPERTS) & (s < slots)), EXPERTS, expert)
+    return expert, (expert[:, None] == tl.arange(0, EXPERTS_2)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def count(indices, counts, slots, span, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, STEP: tl.constexpr):
+    """counts[program, expert] = how many of the program's `span` slots went to the expert; bin EXPERTS: dropped."""
+    block = tl.program_id(0)
+    begin, end = block * span, tl.minimum(block * span + span, slots)
+    total = tl.zeros((EXPERTS_2,), tl.int32)
+    for first in range(begin, end, STEP):
+        _, chosen = _bins(indices, first, end, EXPERTS, EXPERTS_2, STEP)
+        total += tl.sum(chosen, 0)
+    tl.store(counts + block * EXPERTS_2 + tl.arange(0, EXPERTS_2), total)
+
+
+@triton.jit
+def place(
+    indices, counts, slot_of_row, row_of_slot, offsets, slots, span, blocks,
+    EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, STEP: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The stable counting sort's second half: each slot's row, and each row's slot; and where experts' rows end."""
+    block = tl.program_id(0)
+    b, e = tl.arange(0, BLOCKS), tl.arange(0, EXPERTS_2)
+    table = tl.load(counts + b[:, None] * EXPERTS_2 + e[None, :], mask=(b < blocks)[:, None], other=0)
+    total = tl.sum(table, 0)
+    ends = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(offsets + e, ends, mask=e < EXPERTS)
+    before = ends - total + tl.sum(tl.where((b < block)[:, None], table, 0), 0)
+    begin, end = block * span, tl.minimum(block * span + span, slots)
+    for first in range(begin, end, STEP):
+        _, chosen = _bins(indices, first, end, EXPERTS, EXPERTS_2, STEP)
+        rank = tl.cumsum(chosen, 0) + before[None, :] - 1
+        row = tl.sum(tl.where(chosen != 0, rank, 0), 1)
+        s = first + tl.arange(0, STEP)
+        tl.store(row_of_slot + s, row, mask=s < end)
+        tl.store(slot_of_row + row, s, mask=s < end)
+        before += tl.sum(chosen, 0)
+
+
+# Activations
+
+
+@triton.jit
+def _gelu(z, EXACT: tl.constexpr):
+    """z·Φ(z) and its derivative, Φ the normal distribution's.
+
+    EXACT: by erf. Otherwise Φ(−|z|) = exp(−z²/2) · P(|z|), P of degree 7 fitted to Mills' ratio: a relative error under
+    5e-4 for |z| ≤ 3 and an absolute one of z·Φ(z) under 6e-5 everywhere, a fraction of bf16's rounding, for one
+    exponential and 8 fused multiply-adds.
+    """
+    e = tl.math.exp2(z * z * -0.7213475204444817)
+    if EXACT:
+        phi = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476))
+        a = z * phi
+    else:
+        m = tl.minimum(tl.abs(z), 5.5)
+        p = -2.7864965886692517e-05 * m + 0.0006165416561998427
+        p = p * m - 0.0057746940292418
+        p = p * m + 0.0303499773144722
+        p = p * m - 0.10115726292133331
+        p = p * m + 0.2327149510383606
+        p = p * m - 0.3950237035751343
+        tail = e * (p * m + 0.4998377859592438)
+        a = tl.maximum(z, 0.0) - tl.abs(z) * tail
+        phi = tl.where(z > 0, 1 - tail, tail)
+    return a, phi + z * 0.3989422804014327 * e
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """act(z) and act'(z) in fp32; of swiglu those of the gate, silu."""
+    if ACTIVATION == "gelu":
+        a, d = _gelu(z, EXACT)
+    elif ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        a = z * s
+        d = s + a * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+    elif ACTIVATION == "relu2":
+        positive = tl.where(z != z, z, tl.maximum(z, 0.0))
+        a = positive * positive
+        d = 2 * positive
+    else:
+        s = tl.sigmoid(z)
+        a = z * s
+        d = s * (1 + z * (1 - s))
+    return a, d
+
+
+# Products
+
 
 @triton.jit
 def _tile(offsets, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, BLOCK: tl.constexpr, tile):
-    """The expert of a tile of rows, its first row, and the end of the expert's rows; EXPERTS past the last tile."""
+    """Of tile number `tile`: its expert (EXPERTS past the last tile), first row, and the end of the expert's rows."""
     e = tl.arange(0, EXPERTS_2)
     ends = tl.load(offsets + e, mask=e < EXPERTS, other=0)
     starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
@@ -29,42 +132,6 @@ def _tile(offsets, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _erf_gelu(z):
-    return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    """act(z) in fp32; of swiglu the gate's part, silu."""
-    if ACTIVATION == "gelu":
-        a = _erf_gelu(z)
-    elif ACTIVATION == "gelu_tanh":
-        a = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    elif ACTIVATION == "relu2":
-        a = tl.where(z != z, z, tl.maximum(z, 0.0))
-        a = a * a
-    else:
-        a = z * tl.sigmoid(z)
-    return a
-
-
-@triton.jit
-def _slope(z, ACTIVATION: tl.constexpr):
-    """act'(z) in fp32."""
-    if ACTIVATION == "gelu":
-        d = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-        d = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * z * z)
-    elif ACTIVATION == "relu2":
-        d = 2 * tl.where(z != z, z, tl.maximum(z, 0.0))
-    else:
-        s = tl.sigmoid(z)
-        d = s * (1 + z * (1 - s))
-    return d
-
-
-@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, CAST: tl.constexpr):
     if CAST:  # the interpreter multiplies bf16 wrongly
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -72,113 +139,214 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
+def _right(places, within, columns, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    if EVEN and WHOLE:
+        m = tl.load(places)
+    elif WHOLE:
+        m = tl.load(places, mask=within[:, None], other=0.0)
+    else:
+        m = tl.load(places, mask=within[:, None] & columns[None, :], other=0.0)
+    return m
+
+
+@triton.jit
+def _read(places, mask, DIRECT: tl.constexpr):
+    """Values at (rows, columns) as fp32, in the layout of the arithmetic that they go into.
+
+    A plain load has a layout of its own, and what is computed from it in both layouts would be computed twice: an
+    activation costs more than the load. DIRECT: all places are valid, values have 16 bits, and the layout holds columns
+    2i and 2i + 1 side by side in a thread, as the tensor cores' of compute capability 8 and 9 do (PTX ISA, "Matrix
+    multiply-accumulate", fragments of the accumulator).
+    """
+    if DIRECT:
+        bits = tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l,l", [places.to(tl.int64)], dtype=tl.int16, is_pure=True, pack=2
+        )
+        v = bits.to(places.dtype.element_ty, bitcast=True)
+    else:
+        v = tl.load(places, mask=mask, other=0.0)
+    return v.to(tl.float32)
+
+
+@triton.jit
+def _slope(
+    acc, r, o, z, out, h, weight, bias_parts, rows, outside,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """The epilogue "slope" of `product` for some columns of its tile; returns Σ over them of dL/dh · act(z)."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    inside_columns = o < outside
+    mask = (r < rows)[:, None] & inside_columns[None, :]
+    held = tl.minimum(r, rows - 1)[:, None]
+    spot = r[:, None] * outside + o[None, :]
+    weight = weight[:, None]
+    if ACTIVATION == "swiglu":
+        g = _read(z + held * (2 * outside) + o[None, :], mask, DIRECT)
+        v = _read(z + held * (2 * outside) + outside + o[None, :], mask, DIRECT)
+        gate, slope = _activated(g, "silu", EXACT)
+        active = gate * v
+        twice = r[:, None] * (2 * outside) + o[None, :]
+        d_gate, d_z = weight * acc * v * slope, weight * acc * gate
+        tl.store(out + twice, d_gate.to(dtype), mask=mask)
+        tl.store(out + twice + outside, d_z.to(dtype), mask=mask)
+        if HAS_BIAS:
+            tl.store(bias_parts + o, tl.sum(tl.where(mask, d_gate, 0.0), 0), mask=inside_columns)
+            tl.store(bias_parts + outside + o, tl.sum(tl.where(mask, d_z, 0.0), 0), mask=inside_columns)
+    else:
+        g = _read(z + held * outside + o[None, :], mask, DIRECT)
+        active, slope = _activated(g, ACTIVATION, EXACT)
+        d_z = weight * acc * slope
+        tl.store(out + spot, d_z.to(dtype), mask=mask)
+        if HAS_BIAS:
+            tl.store(bias_parts + o, tl.sum(tl.where(mask, d_z, 0.0), 0), mask=inside_columns)
+    # The comparison ties h to the product's layout, in which act(z) is there already.
+    tl.store(h + spot, tl.where(acc == acc, weight * active, acc).to(dtype), mask=mask)
+    if not WHOLE:
+        acc = tl.where(inside_columns[None, :], acc, 0.0)
+    return tl.sum(acc * active, 1)
+
+
+@triton.jit
 def product(
-    a, slot_of_row, w, bias, out, offsets, z, h, row_weights, partial,
-    inside, outside, stride_e, stride_o, stride_i,
+    a, slot_of_row, w, bias, out, offsets, z, h, weights, partial, bias_parts,
+    inside, outside, stride_e, stride_o, stride_i, tiles,
     GATHER: tl.constexpr, TOP_K: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
-    EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    CAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, DIRECT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Rows (N, inside) by w[e] (outside, inside, by its strides) → (N, outside), a tile a program.
 
     GATHER: row r of the left operand is a[slot_of_row[r] // TOP_K].
+    GROUP: so many tiles of rows go down a column of tiles before the next column, for the cache.
     EPILOGUE "": out = product + bias. "act": z = product + bias, h = act(z); with swiglu, outside is F and the value's
     rows of w follow F rows below the gate's. "slope": the product is dL/dh of an unweighted row; out = weight · dL/dh ·
-    act'(z), h = weight · act(z), and partial[r, column block] = Σ dL/dh · act(z), whose sum is dL/dweight.
+    act'(z), h = weight · act(z), and partial[r, column block] = Σ dL/dh · act(z), whose sum is dL/dweight; HAS_BIAS:
+    bias_parts[tile] = Σ over the tile's rows of out, whose sum over an expert's tiles is dL/dbias.
     """
     columns = tl.cdiv(outside, COLUMNS)
-    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    group = tl.program_id(0) // (GROUP * columns)
+    within_group = tl.program_id(0) % (GROUP * columns)
+    high = tl.minimum(GROUP, tiles - group * GROUP)
+    tile, column = group * GROUP + within_group % high, within_group // high
     expert, start, end = _tile(offsets, EXPERTS, EXPERTS_2, ROWS, tile)
     if expert >= EXPERTS:
         return
-    r = start + tl.arange(0, ROWS)
-    inside_rows = r < end
-    o = column * COLUMNS + tl.arange(0, COLUMNS)
+    r, c, i = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    inside_rows = r < end - start
+    o = column * COLUMNS + c
     inside_columns = o < outside
-    i = tl.arange(0, DEPTH)
-    source = r.to(tl.int64)
+    row = tl.minimum(start + r, end - 1)
     if GATHER:
-        source = tl.load(slot_of_row + r, mask=inside_rows, other=0) // TOP_K
-    left = a + source[:, None] * inside + i[None, :]
-    matrix = w + expert.to(tl.int64) * stride_e
-    right = matrix + i[:, None] * stride_i + o[None, :] * stride_o
+        slot = tl.load(slot_of_row + row)
+        left = a + (slot // TOP_K).to(tl.int64)[:, None] * inside + i[None, :]
+    else:
+        left = a + row.to(tl.int64)[:, None] * inside + i[None, :]
+    right = w + expert.to(tl.int64) * stride_e + o[None, :] * stride_o + i[:, None] * stride_i
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     gated: tl.constexpr = (EPILOGUE == "act") & (ACTIVATION == "swiglu")
     value = acc
     for k in range(0, inside, DEPTH):
-        within = i < inside - k
-        x = tl.load(left, mask=inside_rows[:, None] & within[None, :], other=0.0)
-        m = tl.load(right, mask=within[:, None] & inside_columns[None, :], other=0.0)
+        x = tl.load(left) if EVEN else tl.load(left, mask=(i < inside - k)[None, :], other=0.0)
+        m = _right(right, i < inside - k, inside_columns, EVEN, WHOLE)
         acc = _dot(x, m, acc, PRECISION, CAST)
         if gated:
-            m = tl.load(right + outside * stride_o, mask=within[:, None] & inside_columns[None, :], other=0.0)
+            m = _right(right + outside * stride_o, i < inside - k, inside_columns, EVEN, WHOLE)
             value = _dot(x, m, value, PRECISION, CAST)
         left += DEPTH
         right += DEPTH * stride_i
     mask = inside_rows[:, None] & inside_columns[None, :]
-    if HAS_BIAS:
-        wide: tl.constexpr = 2 if gated else 1
-        acc += tl.load(bias + expert * outside * wide + o, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
-        if gated:
-            value += tl.load(bias + expert * outside * 2 + outside + o, mask=inside_columns, other=0.0).to(tl.float32)[
-                None, :
-            ]
-    place = r.to(tl.int64)[:, None] * outside + o[None, :]
+    begin = start.to(tl.int64) * outside
+    spot = r[:, None] * outside + o[None, :]
+    dtype: tl.constexpr = out.dtype.element_ty
     if EPILOGUE == "act":
+        if HAS_BIAS:
+            wide: tl.constexpr = 2 if gated else 1
+            first = bias + expert * outside * wide + o
+            acc += tl.load(first, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+            if gated:
+                value += tl.load(first + outside, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+        # The activation is of what is stored: the backward pass sees no other.
         if gated:
-            twice = r.to(tl.int64)[:, None] * (2 * outside) + o[None, :]
-            tl.store(z + twice, acc.to(z.dtype.element_ty), mask=mask)
-            tl.store(z + twice + outside, value.to(z.dtype.element_ty), mask=mask)
-            # The activation of what is stored: the backward pass sees no other.
-            g, v = acc.to(z.dtype.element_ty).to(tl.float32), value.to(z.dtype.element_ty).to(tl.float32)
-            tl.store(h + place, (_activated(g, "silu") * v).to(h.dtype.element_ty), mask=mask)
+            twice = z + 2 * begin + r[:, None] * (2 * outside) + o[None, :]
+            g, v = acc.to(dtype), value.to(dtype)
+            tl.store(twice, g, mask=mask)
+            tl.store(twice + outside, v, mask=mask)
+            active, _ = _activated(g.to(tl.float32), "silu", EXACT)
+            tl.store(h + begin + spot, (active * v.to(tl.float32)).to(dtype), mask=mask)
         else:
-            tl.store(z + place, acc.to(z.dtype.element_ty), mask=mask)
-            tl.store(
-                h + place,
-                _activated(acc.to(z.dtype.element_ty).to(tl.float32), ACTIVATION).to(h.dtype.element_ty),
-                mask=mask,
-            )
+            g = acc.to(dtype)
+            tl.store(z + begin + spot, g, mask=mask)
+            active, _ = _activated(g.to(tl.float32), ACTIVATION, EXACT)
+            tl.store(h + begin + spot, active.to(dtype), mask=mask)
     elif EPILOGUE == "slope":
-        weight = tl.load(row_weights + r, mask=inside_rows, other=0.0)[:, None]
-        if ACTIVATION == "swiglu":
-            twice = r.to(tl.int64)[:, None] * (2 * outside) + o[None, :]
-            g = tl.load(z + twice, mask=mask, other=0.0).to(tl.float32)
-            v = tl.load(z + twice + outside, mask=mask, other=0.0).to(tl.float32)
-            gate = _activated(g, "silu")
-            active = gate * v
-            tl.store(out + twice, (weight * acc * v * _slope(g, "silu")).to(out.dtype.element_ty), mask=mask)
-            tl.store(out + twice + outside, (weight * acc * gate).to(out.dtype.element_ty), mask=mask)
-        else:
-            g = tl.load(z + place, mask=mask, other=0.0).to(tl.float32)
-            active = _activated(g, ACTIVATION)
-            tl.store(out + place, (weight * acc * _slope(g, ACTIVATION)).to(out.dtype.element_ty), mask=mask)
-        tl.store(h + place, (weight * active).to(h.dtype.element_ty), mask=mask)
-        share = tl.sum(tl.where(mask, acc * active, 0.0), 1)
-        tl.store(partial + r.to(tl.int64) * columns + column, share, mask=inside_rows)
+        weight = tl.load(weights + tl.load(slot_of_row + row))
+        inner: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
+        z += begin * inner
+        out += begin * inner
+        h += begin
+        bias_parts += tile.to(tl.int64) * outside * inner
+        rows_left = end - start
+        if HALVES:  # fewer values alive at once
+            half: tl.constexpr = COLUMNS // 2
+            acc, second = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, half)), (0, 2, 1)))
+            o = column * COLUMNS + tl.arange(0, half)
+        share = _slope(
+            acc, r, o, z, out, h, weight, bias_parts, rows_left, outside, ACTIVATION, HAS_BIAS, EXACT, WHOLE, DIRECT
+        )
+        if HALVES:
+            share += _slope(
+                second, r, o + half, z, out, h, weight, bias_parts, rows_left, outside, ACTIVATION, HAS_BIAS, EXACT,
+                WHOLE, DIRECT,
+            )  # fmt: skip
+        tl.store(partial + (start + r).to(tl.int64) * columns + column, share, mask=inside_rows)
     else:
-        tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
+        if HAS_BIAS:
+            acc += tl.load(bias + expert * outside + o, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + begin + spot, acc.to(dtype), mask=mask)
+
+
+# Sums over rows
+
+
+@triton.jit
+def _chunk(offsets, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, longest, chunk):
+    """`_tile` for chunks of up to `longest` rows, and a chunk's number among those of experts with several; −1: alone."""
+    e = tl.arange(0, EXPERTS_2)
+    ends = tl.load(offsets + e, mask=e < EXPERTS, other=0)
+    starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
+    chunks = tl.where(e < EXPERTS, (ends - starts + longest - 1) // longest, 0)
+    last = tl.cumsum(chunks, 0)
+    several = tl.where(chunks > 1, chunks, 0)
+    parts = tl.cumsum(several, 0) - several
+    expert = tl.sum(((last <= chunk) & (e < EXPERTS)).to(tl.int32), 0)
+    here = e == expert
+    within = chunk - tl.sum(tl.where(here, last - chunks, 0), 0)
+    start = tl.sum(tl.where(here, starts, 0), 0) + within * longest
+    end = tl.minimum(start + longest, tl.sum(tl.where(here, ends, 0), 0))
+    part = tl.sum(tl.where(here, tl.where(chunks > 1, parts + within, -1), 0), 0)
+    return expert, start, end, part
 
 
 @triton.jit
 def weight_gradient(
-    dy, x, slot_of_row, row_weights, offsets, dw, db, outside, inside,
-    GATHER_DY: tl.constexpr, GATHER_X: tl.constexpr, TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WEIGHTED_BIAS: tl.constexpr, PRECISION: tl.constexpr, CAST: tl.constexpr,
+    dy, x, slot_of_row, offsets, dw, parts, outside, inside, longest,
+    GATHER_DY: tl.constexpr, GATHER_X: tl.constexpr, TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, PRECISION: tl.constexpr, CAST: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] (outside, inside) = Σ over an expert's rows of dy[row]ᵀ x[row], and db[e] (outside) = Σ (weight ·) dy[row].
+    """dw[e] (outside, inside) = Σ over an expert's rows of dy[row]ᵀ x[row].
 
-    A tile of one expert's matrix a program, its rows in order. An expert without rows gets zeros.
+    A program sums over a chunk of rows for one tile of a matrix. The only chunk of an expert goes to dw; of several
+    each goes to `parts` (chunk, outside, inside) in fp32, and `sum_parts` adds them. A gathered operand is of tokens.
     """
+    expert, start, end, part = _chunk(offsets, EXPERTS, EXPERTS_2, longest, tl.program_id(1))
+    if expert >= EXPERTS:
+        return
     across = tl.cdiv(inside, COLUMNS)
     o = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     i = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.program_id(1)
-    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    bias = tl.zeros((ROWS,), tl.float32)
     k = tl.arange(0, DEPTH)
     for first in range(start, end, DEPTH):
         r = first + k
@@ -186,27 +354,98 @@ def weight_gradient(
         row = r.to(tl.int64)
         token = row
         if GATHER_DY or GATHER_X:
-            token = tl.load(slot_of_row + r, mask=inside_rows, other=0) // TOP_K
+            token = (tl.load(slot_of_row + r, mask=inside_rows, other=0) // TOP_K).to(tl.int64)
         left = token if GATHER_DY else row
         right = token if GATHER_X else row
-        d = tl.load(
-            dy + left[None, :] * outside + o[:, None], mask=inside_rows[None, :] & (o < outside)[:, None], other=0.0
-        )
-        v = tl.load(
-            x + right[:, None] * inside + i[None, :], mask=inside_rows[:, None] & (i < inside)[None, :], other=0.0
-        )
+        if WHOLE:
+            d = tl.load(dy + left[None, :] * outside + o[:, None], mask=inside_rows[None, :], other=0.0)
+            v = tl.load(x + right[:, None] * inside + i[None, :], mask=inside_rows[:, None], other=0.0)
+        else:
+            d = tl.load(
+                dy + left[None, :] * outside + o[:, None], mask=inside_rows[None, :] & (o < outside)[:, None], other=0.0
+            )
+            v = tl.load(
+                x + right[:, None] * inside + i[None, :], mask=inside_rows[:, None] & (i < inside)[None, :], other=0.0
+            )
         acc = _dot(d, v, acc, PRECISION, CAST)
-        if HAS_BIAS:
-            part = d.to(tl.float32)
-            if WEIGHTED_BIAS:
-                part = part * tl.load(row_weights + r, mask=inside_rows, other=0.0)[None, :]
-            bias += tl.sum(part, 1)
-    matrix = dw + expert.to(tl.int64) * outside * inside
     mask = (o < outside)[:, None] & (i < inside)[None, :]
-    tl.store(matrix + o[:, None] * inside + i[None, :], acc.to(dw.dtype.element_ty), mask=mask)
-    if HAS_BIAS:  # noqa: SIM102 - the first is known to the compiler
-        if tl.program_id(0) % across == 0:
-            tl.store(db + expert * outside + o, bias.to(db.dtype.element_ty), mask=o < outside)
+    spot = o[:, None] * inside + i[None, :]
+    if part < 0:
+        tl.store(dw + expert.to(tl.int64) * outside * inside + spot, acc.to(dw.dtype.element_ty), mask=mask)
+    else:
+        tl.store(parts + part.to(tl.int64) * outside * inside + spot, acc, mask=mask)
+
+
+@triton.jit
+def sum_parts(
+    parts, offsets, dw, size, longest, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What `weight_gradient` left in parts, summed in their order into dw; zeros for an expert without rows."""
+    expert = tl.program_id(1)
+    e = tl.arange(0, EXPERTS_2)
+    ends = tl.load(offsets + e, mask=e < EXPERTS, other=0)
+    starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
+    chunks = tl.where(e < EXPERTS, (ends - starts + longest - 1) // longest, 0)
+    several = tl.where(chunks > 1, chunks, 0)
+    count = tl.sum(tl.where(e == expert, chunks, 0), 0)
+    if count == 1:
+        return
+    first = tl.sum(tl.where(e < expert, several, 0), 0)
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    place = parts + first.to(tl.int64) * size + s
+    for _ in range(count):
+        acc += tl.load(place, mask=s < size, other=0.0)
+        place += size
+    tl.store(dw + expert.to(tl.int64) * size + s, acc.to(dw.dtype.element_ty), mask=s < size)
+
+
+@triton.jit
+def bias_parts(
+    dy, slot_of_row, weights, offsets, parts, width,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, LONGEST: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """parts[chunk] (width) = Σ over a chunk of an expert's rows of weight · dy[token]."""
+    chunk = tl.program_id(1)
+    expert, start, end = _tile(offsets, EXPERTS, EXPERTS_2, LONGEST, chunk)
+    if expert >= EXPERTS:
+        return
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(start, tl.minimum(start + LONGEST, end), STEP):
+        r = first + tl.arange(0, STEP)
+        slot = tl.load(slot_of_row + r, mask=r < end, other=0)
+        weight = tl.load(weights + slot, mask=r < end, other=0.0)
+        token = (slot // TOP_K).to(tl.int64)
+        d = tl.load(dy + token[:, None] * width + c[None, :], mask=(r < end)[:, None] & (c < width)[None, :], other=0.0)
+        acc += tl.sum(d.to(tl.float32) * weight[:, None], 0)
+    tl.store(parts + chunk.to(tl.int64) * width + c, acc, mask=c < width)
+
+
+@triton.jit
+def sum_bias_parts(
+    parts, offsets, db, width, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, LONGEST: tl.constexpr,
+    STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """db[e] (width) = Σ of the parts of an expert's chunks of LONGEST rows, in their order."""
+    expert = tl.program_id(1)
+    e = tl.arange(0, EXPERTS_2)
+    ends = tl.load(offsets + e, mask=e < EXPERTS, other=0)
+    starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
+    chunks = tl.where(e < EXPERTS, (ends - starts + LONGEST - 1) // LONGEST, 0)
+    begin = tl.sum(tl.where(e < expert, chunks, 0), 0)
+    end = begin + tl.sum(tl.where(e == expert, chunks, 0), 0)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(begin, end, STEP):
+        p = first + tl.arange(0, STEP)
+        mask = (p < end)[:, None] & (c < width)[None, :]
+        acc += tl.sum(tl.load(parts + p.to(tl.int64)[:, None] * width + c[None, :], mask=mask, other=0.0), 0)
+    tl.store(db + expert * width + c, acc.to(db.dtype.element_ty), mask=c < width)
+
+
+# Tokens
 
 
 @triton.jit
@@ -216,20 +455,20 @@ def combine(
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out[t] = Σ_k (weight[t, k] ·) rows[row of slot (t, k)], in fp32, in the order of k, without dropped slots."""
-    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     kept = tl.load(offsets + EXPERTS - 1)
     mask = (t < tokens)[:, None] & (c < width)[None, :]
     acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for k in range(TOP_K):
+    for k in tl.static_range(TOP_K):
         row = tl.load(row_of_slot + t * TOP_K + k, mask=t < tokens, other=0)
         there = mask & (row < kept)[:, None]
-        term = tl.load(rows + row[:, None] * width + c[None, :], mask=there, other=0.0).to(tl.float32)
+        term = tl.load(rows + row.to(tl.int64)[:, None] * width + c[None, :], mask=there, other=0.0).to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights + t * TOP_K + k, mask=t < tokens, other=0.0)
             term = tl.where(there, term * weight[:, None], 0.0)
         acc += term
-    tl.store(out + t[:, None] * width + c[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + t.to(tl.int64)[:, None] * width + c[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -239,12 +478,12 @@ def slot_gradient(
     SLOTS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dL/dweight of each slot: Σ of its row's partial sums, and dL/dy · b_out of its expert; 0 for a dropped slot."""
-    s = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
+    s = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(row_of_slot + s, mask=s < slots, other=0)
     there = (s < slots) & (row < tl.load(offsets + EXPERTS - 1))
     b = tl.arange(0, BLOCKS)
     parts = tl.load(
-        partial + row[:, None] * blocks + b[None, :], mask=there[:, None] & (b < blocks)[None, :], other=0.0
+        partial + row.to(tl.int64)[:, None] * blocks + b[None, :], mask=there[:, None] & (b < blocks)[None, :], other=0.0
     )
     total = tl.sum(parts, 1)
     if HAS_BIAS:
@@ -252,7 +491,7 @@ def slot_gradient(
         for first in range(0, width, COLUMNS):
             c = first + tl.arange(0, COLUMNS)
             mask = there[:, None] & (c < width)[None, :]
-            g = tl.load(dy + (s // TOP_K)[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            bias = tl.load(b_out + expert[:, None] * width + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            total += tl.sum(g * bias, 1)
+            g = tl.load(dy + (s // TOP_K).to(tl.int64)[:, None] * width + c[None, :], mask=mask, other=0.0)
+            bias = tl.load(b_out + expert[:, None] * width + c[None, :], mask=mask, other=0.0)
+            total += tl.sum(g.to(tl.float32) * bias.to(tl.float32), 1)
     tl.store(d_weights + s, tl.where(there, total, 0.0), mask=s < slots)
