@@ -1,23 +1,91 @@
-"""The Triton kernels without a GPU; on one, test_expert_mlp.py holds them compiled."""
+"""The Triton kernels without a GPU: interpreted, and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from moelab.experts import triton as backend
+from moelab.model import fused_router
+
+TESTS = Path(__file__).parent.parent
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
-def test_the_interpreted_kernels_are_right() -> None:
+@pytest.mark.parametrize("file", ["experts/interpreted_triton.py", "model/interpreted_router.py"])
+def test_the_interpreted_kernels_are_right(file: str) -> None:
     """In a process of its own: Triton decides on import whether it interprets."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    tests = Path(__file__).with_name("interpreted_triton.py")
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)]
     done = subprocess.run(
         run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+def compiler(capability: int, names: list[str]) -> Callable[..., None]:
+    """What stands for a launch: compiles the kernel for a GPU, with the arguments that it was launched with."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        signature, constants, hints = {}, {}, {}
+        for place, parameter in enumerate(kernel.params):
+            value = given.pop(parameter.name)
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given).asm["cubin"]
+        names.append(kernel.__name__)
+
+    return launch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel_compiles(
+    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed: pip install triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the kernels are interpreted")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled: list[str] = []
+    monkeypatch.setattr(jit.JITFunction, "run", compiler(capability, compiled))
+    monkeypatch.setattr(backend, "_pairs", lambda _: capability < 100)
+    tokens, width, hidden, experts, top_k = 512, 256, 512, 8, 2
+    x = torch.zeros(tokens, width, dtype=dtype)
+    weights, indices = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k, dtype=torch.int64)
+    w_in, w_out = x.new_zeros(experts, hidden, width), x.new_zeros(experts, width, hidden)
+    b_in, b_out = x.new_zeros(experts, hidden), x.new_zeros(experts, width)
+    _, z, *routing = torch.ops.moelab.fused_experts(x, weights, indices, w_in, w_out, b_in, b_out, "gelu")
+    torch.ops.moelab.fused_experts_backward(
+        x, x, weights, indices, w_in, w_out, b_in, b_out, z, *routing, "gelu"
+    )  # fmt: skip
+    router, logits = torch.zeros(experts, width), torch.zeros(tokens, experts)
+    torch.ops.moelab.route(x, router, None, top_k, "softmax", "chosen")
+    fused_router._route_backward(x, weights, logits, x, router, indices, logits, "softmax", "chosen")
+    launches = {
+        "count", "place", "product", "combine", "slot_gradient", "weight_gradient", "sum_parts", "bias_parts",
+        "sum_bias_parts", "route", "logits_gradient", "route_backward",
+    }  # fmt: skip
+    assert set(compiled) == launches, importlib.metadata.version("triton")

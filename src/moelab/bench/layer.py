@@ -95,11 +95,11 @@ class Layer(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, D) → (T, D)."""
-        routed, e = self.router(x_TD.unsqueeze(0)), self.experts
-        weights_TK, indices_TK = routed.weights, routed.indices
+        e = self.experts
+        x_TD, weights_TK, indices_TK, logits_TE = self.router.decide(x_TD)
         if self.indices_TK is not None:  # the router's work is done all the same
             indices_TK = self.indices_TK
-            weights_TK = torch.softmax(routed.logits.gather(1, indices_TK), dim=-1)
+            weights_TK = torch.softmax(logits_TE.gather(1, indices_TK), dim=-1)
         y: torch.Tensor = expert_mlp(
             x_TD, weights_TK, indices_TK, e.w_in, e.w_out, e.b_in, e.b_out,
             activation=self.activation, backend=self.backend,
@@ -206,7 +206,7 @@ def _results(layer: Layer, x: torch.Tensor, upstream: torch.Tensor) -> tuple[dic
     y = layer(x)
     parameters = dict(layer.named_parameters())
     gradients = torch.autograd.grad(y, [x, *parameters.values()], upstream)
-    chosen = layer.indices_TK if layer.indices_TK is not None else layer.router(x.unsqueeze(0)).indices
+    chosen = layer.indices_TK if layer.indices_TK is not None else layer.router.decide(x)[2]
     return {"y": y.detach()} | dict(zip(["x", *parameters], gradients, strict=True)), chosen
 
 

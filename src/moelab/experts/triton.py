@@ -238,7 +238,9 @@ def _tiles(slots: int, experts: int, rows: int) -> int:
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that one program can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 @functools.cache
@@ -305,7 +307,8 @@ def _product(
     whole = outside % tile.columns == 0
     some = a  # stands where a pointer is not used
     z, h, weights, partial, bias_parts, slot_of_row = (
-        t if t is not None else some for t in (z if z is not None else out, h, weights, partial, bias_parts, slot_of_row)
+        t if t is not None else some
+        for t in (z if z is not None else out, h, weights, partial, bias_parts, slot_of_row)
     )
     gated = activation == "swiglu" and epilogue == "act"
     kernels.product[(tiles * -(-outside // tile.columns),)](

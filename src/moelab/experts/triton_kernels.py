@@ -311,7 +311,7 @@ def product(
 
 @triton.jit
 def _chunk(offsets, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, longest, chunk):
-    """`_tile` for chunks of up to `longest` rows, and a chunk's number among those of experts with several; −1: alone."""
+    """`_tile` for chunks of up to `longest` rows, and its number among those of experts with several, or −1."""
     e = tl.arange(0, EXPERTS_2)
     ends = tl.load(offsets + e, mask=e < EXPERTS, other=0)
     starts = tl.load(offsets + e - 1, mask=(e > 0) & (e < EXPERTS), other=0)
@@ -483,7 +483,9 @@ def slot_gradient(
     there = (s < slots) & (row < tl.load(offsets + EXPERTS - 1))
     b = tl.arange(0, BLOCKS)
     parts = tl.load(
-        partial + row.to(tl.int64)[:, None] * blocks + b[None, :], mask=there[:, None] & (b < blocks)[None, :], other=0.0
+        partial + row.to(tl.int64)[:, None] * blocks + b[None, :],
+        mask=there[:, None] & (b < blocks)[None, :],
+        other=0.0,
     )
     total = tl.sum(parts, 1)
     if HAS_BIAS:

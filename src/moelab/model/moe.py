@@ -40,11 +40,10 @@ class MoE(nn.Module):
 
     def forward(self, x_BCD: torch.Tensor) -> tuple[torch.Tensor, Routed]:
         """(B, C, D) → (B, C, D), and what the router decided for the B·C tokens."""
-        x_TD = x_BCD.reshape(-1, x_BCD.shape[-1])
         routed = self.router(x_BCD)
         e = self.experts
         y_TD = expert_mlp(
-            x_TD, routed.weights, routed.indices, e.w_in, e.w_out, e.b_in, e.b_out,
+            routed.x, routed.weights, routed.indices, e.w_in, e.w_out, e.b_in, e.b_out,
             activation=self.activation, backend=self.backend,
         )  # fmt: skip
         y_BCD = y_TD.view_as(x_BCD)

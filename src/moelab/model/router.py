@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from moelab.config import MoEConfig
+from moelab.model import fused_router
 
 
 @dataclass
 class Routed:
     """What the router decided for T tokens."""
 
+    x: torch.Tensor
+    """(T, D), the router's input: what the experts take, so that the gradients of both arrive together."""
     weights: torch.Tensor
     """(T, K) fp32."""
     indices: torch.Tensor
@@ -60,27 +63,9 @@ class Router(nn.Module):
     def forward(self, x_BCD: torch.Tensor) -> Routed:
         """(B, C, D) → the decisions for its T = B·C tokens."""
         config = self.config
-        wide = torch.promote_types(x_BCD.dtype, torch.float32)
-        logits_TE = F.linear(x_BCD.flatten(0, 1).to(wide), self.weight.to(wide))
-        sigmoid = config.scores == "sigmoid"
-        logarithms_TE = F.logsigmoid(logits_TE) if sigmoid else logits_TE  # of the scores, up to a constant a token
-        p_TE = torch.softmax(logarithms_TE, dim=-1)
-        scores_TE = torch.sigmoid(logits_TE) if sigmoid else p_TE
-        selected_by = scores_TE.detach()
-        if self.selection_bias is not None:
-            selected_by = selected_by + self.selection_bias
-        indices_TK = highest(selected_by, config.top_k)
-        match config.normalize:
-            case "chosen":
-                weights_TK = torch.softmax(logarithms_TE.gather(-1, indices_TK), dim=-1)
-            case "all":
-                weights_TK = p_TE.gather(-1, indices_TK)
-            case "none":
-                weights_TK = scores_TE.gather(-1, indices_TK)
-        if self.scale is not None:
-            weights_TK = weights_TK * self.scale.to(wide)
-        elif config.score_scale != 1:
-            weights_TK = weights_TK * config.score_scale
+        x_TD, weights_TK, indices_TK, logits_TE = self.decide(x_BCD.flatten(0, 1))
+        wide = logits_TE.dtype
+        p_TE = torch.softmax(_logarithms(logits_TE, config.scores), dim=-1)
         counts_BE = expert_counts(indices_TK.view(x_BCD.shape[0], -1), config.experts)
         counts_E = counts_BE.sum(0)
         match config.balance_scope:
@@ -94,7 +79,48 @@ class Router(nn.Module):
             capacity = expert_capacity(indices_TK.numel(), config.experts, config.capacity_factor)
             kept = within_capacity(indices_TK, weights_TK.detach(), config.experts, capacity, config.drop)
             indices_TK = torch.where(kept, indices_TK, -1)
-        return Routed(weights_TK, indices_TK, balance, z_loss(logits_TE), counts_E, logits_TE, p_TE)
+        return Routed(x_TD, weights_TK, indices_TK, balance, z_loss(logits_TE), counts_E, logits_TE, p_TE)
+
+    def decide(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T, D) → x itself, weights (T, K) fp32, indices (T, K) int64, logits (T, E) fp32; nothing is dropped."""
+        config = self.config
+        if fused_router.usable(x_TD, config.experts, config.top_k):
+            x_TD, weights_TK, indices_TK, logits_TE = fused_router.route(
+                x_TD, self.weight, self.selection_bias, config.top_k, config.scores, config.normalize
+            )
+        else:
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+            weights_TK, indices_TK = self._chosen(logits_TE)
+        if self.scale is not None:
+            weights_TK = weights_TK * self.scale.to(weights_TK.dtype)
+        elif config.score_scale != 1:
+            weights_TK = weights_TK * config.score_scale
+        return x_TD, weights_TK, indices_TK, logits_TE
+
+    def _chosen(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (T, K) and indices (T, K) of the experts selected."""
+        config = self.config
+        logarithms_TE = _logarithms(logits_TE, config.scores)
+        p_TE = torch.softmax(logarithms_TE, dim=-1)
+        scores_TE = torch.sigmoid(logits_TE) if config.scores == "sigmoid" else p_TE
+        selected_by = scores_TE.detach()
+        if self.selection_bias is not None:
+            selected_by = selected_by + self.selection_bias
+        indices_TK = highest(selected_by, config.top_k)
+        match config.normalize:
+            case "chosen":
+                weights_TK = torch.softmax(logarithms_TE.gather(-1, indices_TK), dim=-1)
+            case "all":
+                weights_TK = p_TE.gather(-1, indices_TK)
+            case "none":
+                weights_TK = scores_TE.gather(-1, indices_TK)
+        return weights_TK, indices_TK
+
+
+def _logarithms(logits_TE: torch.Tensor, scores: str) -> torch.Tensor:
+    """Logarithms of the scores, up to a constant a token."""
+    return F.logsigmoid(logits_TE) if scores == "sigmoid" else logits_TE
 
 
 def bias_step(counts_LE: torch.Tensor, rate: float) -> torch.Tensor:
