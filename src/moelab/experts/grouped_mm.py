@@ -150,10 +150,10 @@ class _ExpertLinear(torch.autograd.Function):
         ctx.has_bias = b is not None
         ctx.save_for_backward(rows, w, *routing)
         r = Routing(*routing)
-        if not _one_kernel(rows, w):
+        if not has_one_kernel(rows, len(w)):
             y: torch.Tensor = torch.ops.moelab.expert_product(rows, w.mT, b, r.offsets)
             return y
-        y = _grouped(rows, w.mT, r.offsets)
+        y = grouped_product(rows, w.mT, r.offsets)
         if b is not None:
             y = y + b[r.expert_of_row]
         return torch.where(r.kept_row, y, 0)
@@ -163,38 +163,38 @@ class _ExpertLinear(torch.autograd.Function):
         rows, w, *routing = ctx.saved_tensors
         r = Routing(*routing)
         d_y = gradients[0].contiguous()
-        if not _one_kernel(rows, w):
+        if not has_one_kernel(rows, len(w)):
             d_rows = torch.ops.moelab.expert_product(d_y, w, None, r.offsets)
             d_w, d_b = torch.ops.moelab.expert_weight_gradient(d_y, rows, r.offsets)
             return d_rows, d_w, d_b if ctx.has_bias else None, *NONE_FOR_ROUTING
         d_y = torch.where(r.kept_row, d_y, 0)
         has_rows = torch.diff(r.offsets, prepend=torch.zeros_like(r.offsets[:1])) > 0
-        d_rows = torch.where(r.kept_row, _grouped(d_y, w, r.offsets), 0)
-        d_w = torch.where(has_rows[:, None, None], _grouped(d_y.mT, rows, r.offsets), 0)
+        d_rows = torch.where(r.kept_row, grouped_product(d_y, w, r.offsets), 0)
+        d_w = torch.where(has_rows[:, None, None], grouped_product(d_y.mT, rows, r.offsets), 0)
         d_b = None
         if ctx.has_bias:
             # A sum over rows is a product with ones. They stand on the right, where grouped_mm takes them row-major:
             # on the left it needs them column-major, which the compiler forgets of a constant.
             ones = d_y.new_ones(len(d_y), _LINE)
-            d_b = torch.where(has_rows[:, None], _grouped(d_y.mT, ones, r.offsets)[:, :, 0], 0)
+            d_b = torch.where(has_rows[:, None], grouped_product(d_y.mT, ones, r.offsets)[:, :, 0], 0)
         return d_rows, d_w, d_b, *NONE_FOR_ROUTING
 
 
 _LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a multiple of
 
 
-def _one_kernel(rows: torch.Tensor, w: torch.Tensor) -> bool:
+def has_one_kernel(rows: torch.Tensor, experts: int) -> bool:
     """Whether grouped_mm has a kernel that takes all experts at once, without the host.
 
     PyTorch builds it for compute capabilities 9.x and 10.x, bf16, and fewer than 1,024 groups; and it refuses the
     strides of fewer rows than 16 bytes hold.
     """
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or w.shape[0] >= 1024 or rows.shape[0] < _LINE:
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or experts >= 1024 or rows.shape[0] < _LINE:
         return False
     return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`torch.nn.functional.grouped_mm` for sizes that are not multiples of 16 bytes, and for no rows at all.
 
     Rows (N, I) by (E, I, O) → (N, O), or, summed over an expert's rows, (I, N) by (N, O) → (E, I, O).
