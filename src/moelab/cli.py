@@ -225,10 +225,11 @@ def compare(arguments: list[str]) -> None:
         sweeps=tuple(map(parse_sweep, flags.sweep)),
     )
     device = resolve_device(flags.training.device)
-    compute_dtype(flags.training.precision, device)
-    models = [comparison.model_of(arm) for arm in comparison.names]
-    for backend in dict.fromkeys([flags.moe.backend, *(model.moe.backend for model in models if model.moe)]):
-        check_backend(backend, device)  # now, and not when the dense arm is trained
+    dtype, deterministic = compute_dtype(flags.training.precision, device), flags.training.deterministic
+    models = [replace(flags.model, moe=flags.moe), *(comparison.model_of(arm) for arm in comparison.names)]
+    for model in models:  # now, and not when the dense arm is trained
+        if model.moe is not None:
+            check_backend(model.moe.backend, device, dtype, model.activation, model.bias, deterministic)
     out = flags.out or Path("runs") / f"compare-{flags.preset}"
     print(run_comparison(comparison, out, command=_command("compare", arguments)))
 
@@ -384,10 +385,10 @@ def info(arguments: list[str]) -> None:
     parse(NoFlags, "info", arguments)
     device = resolve_device("auto")
     for name, value in environment(device, compute_dtype("auto", device)).items():
-        print(f"{name.replace('_', ' '):<18} {'unknown' if value is None else value}")
-    print(f"{'prepared data':<18} {moelab_home()}")
+        print(f"{name.replace('_', ' '):<27} {'unknown' if value is None else value}")
+    print(f"{'prepared data':<27} {moelab_home()}")
     for name, availability in backends().items():
-        print(f"{'backend ' + name:<18} {'usable' if availability.usable else 'not usable'}: {availability.reason}")
+        print(f"{'backend ' + name:<27} {'usable' if availability.usable else 'not usable'}: {availability.reason}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

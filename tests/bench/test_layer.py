@@ -19,7 +19,7 @@ from moelab.cli import main
 from moelab.config import ModelConfig, MoEConfig, UsageError
 from moelab.experts import mlp, reference
 
-USABLE = [name for name, found in mlp.backends().items() if found.usable]
+USABLE = [name for name in mlp.BACKENDS if mlp.availability(name, torch.device("cpu")).usable]
 SMALL = LayerBench(widths=(16, 24), tokens=40, experts=4, multiple=2, rounds=2, steps=1, precision="fp32", device="cpu")
 
 
@@ -49,6 +49,19 @@ def test_a_backend_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -
     assert "wall_ms" not in row
     assert row["error"] == pytest.approx(1e-3, rel=0.1)
     assert "relative to float64" in row["reason"]
+
+
+def test_a_backend_that_refuses_such_a_layer_gets_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ModuleType("plain")
+    plain.unusable = lambda device: None
+    plain.refuses = lambda dtype, activation, bias, deterministic: "bias = True: give --no-bias" if bias else None
+    plain.expert_mlp = reference.expert_mlp
+    monkeypatch.setitem(mlp.BACKENDS, "plain", plain)
+    for bias in (False, True):
+        rows = bench_layer(replace(SMALL, widths=(16,), bias=bias))["rows"]
+        (row,) = [row for row in rows if row["backend"] == "plain"]
+        assert ("wall_ms" in row) is not bias
+        assert row.get("reason") == ("bias = True: give --no-bias" if bias else None)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +123,7 @@ def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.Captur
         "captured_ms": 99.9,
         "peak_mib": 12345.6,
         "kept_mib": 9999.0,
+        "backend": max(mlp.BACKENDS, key=len),
     }
     results["rows"][2:] = [{"width": 16, "backend": "triton", "reason": "no GPU"}]
     print_layer(results, Console(width=80))

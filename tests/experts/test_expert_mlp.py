@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -13,8 +14,15 @@ from hypothesis import strategies as st
 from moelab import backends, expert_mlp
 from moelab.config import Activation, UsageError
 from moelab.experts.activation import activate
+from moelab.experts.mlp import BACKENDS, availability
+from moelab.experts.self_check import refusal
 
 USABLE = [name for name, found in backends().items() if found.usable]
+ON_CPU = [name for name in BACKENDS if availability(name, torch.device("cpu")).usable]
+ON_BOTH = [
+    *((name, "cpu") for name in ON_CPU),
+    *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in USABLE),
+]
 ACTIVATIONS = get_args(Activation)
 NAMES = ("x", "weights", "w_in", "w_out", "b_in", "b_out")
 
@@ -80,16 +88,35 @@ def problem(
     return Problem(tensors, indices, activation, draw(tokens, width))
 
 
+def within(p: Problem, backend: str, dtype: torch.dtype) -> Problem:
+    """The problem, without biases where the backend takes none."""
+    if refusal(BACKENDS[backend], dtype, p.activation, bias=True) is None:
+        return p
+    if reason := refusal(BACKENDS[backend], dtype, p.activation, bias=False):
+        pytest.skip(reason)
+    return replace(p, tensors={n: t for n, t in p.tensors.items() if not n.startswith("b_")})
+
+
+def widest(backend: str) -> torch.dtype:
+    """float64 where the backend takes it."""
+    refused = refusal(BACKENDS[backend], torch.float64, "gelu", bias=False)
+    return torch.float32 if refused else torch.float64
+
+
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found − expected‖ / ‖expected‖; the plain norm where the expected value is 0."""
     scale = expected.norm().item() or 1.0
     return (found.double().cpu() - expected).norm().item() / scale
 
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Triton's interpreter cuts off what bf16 cannot hold instead of rounding it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BF16 = 2e-2 if INTERPRETED else 1e-2
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: BF16, torch.float16: 2e-3}
 
 
 def assert_equal_to_definition(p: Problem, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    p = within(p, backend, dtype)
     expected, found = p.definition(), p.run(backend, dtype, device)
     for name in expected:
         assert distance(found[name], expected[name]) <= TOLERANCE[dtype], name
@@ -109,14 +136,14 @@ PROBLEMS = st.builds(
 )
 
 
-@pytest.mark.parametrize("backend", USABLE)
-@settings(max_examples=60)
+@pytest.mark.parametrize("backend", ON_CPU)
+@settings(max_examples=12 if INTERPRETED else 60)
 @given(p=PROBLEMS)
-def test_outputs_and_gradients_are_the_definitions_in_float64(backend: str, p: Problem) -> None:
-    assert_equal_to_definition(p, backend, torch.float64)
+def test_outputs_and_gradients_are_the_definitions_in_the_widest_precision(backend: str, p: Problem) -> None:
+    assert_equal_to_definition(p, backend, widest(backend))
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sizes", [(96, 100, 60, 8, 2), (40, 33, 50, 3, 3), (64, 16, 24, 64, 4), (1, 8, 8, 4, 1)], ids=str
@@ -127,52 +154,47 @@ def test_lower_precision_is_within_its_tolerance(
     assert_equal_to_definition(problem(*sizes), backend, dtype)
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_idle_expert_gets_a_gradient_of_exactly_0(backend: str, dtype: torch.dtype) -> None:
-    found = problem(30, 16, 16, 6, 2, idle=(0, 3, 5)).run(backend, dtype)
-    for name in ("w_in", "w_out", "b_in", "b_out"):
+    p = within(problem(30, 16, 16, 6, 2, idle=(0, 3, 5)), backend, dtype)
+    found = p.run(backend, dtype)
+    for name in p.tensors.keys() - {"x", "weights"}:
         assert not found[name][[0, 3, 5]].any()
         assert found[name][[1, 2, 4]].flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_all_tokens_may_go_to_one_expert(backend: str) -> None:
     assert_equal_to_definition(problem(30, 12, 20, 5, 1, idle=(0, 1, 3, 4)), backend, torch.float32)
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_no_tokens_and_all_slots_dropped_give_zeros_of_the_right_shape(backend: str, tokens: int) -> None:
-    found = problem(tokens, 8, 8, 4, 2, dropped=1.0).run(backend, torch.float32)
+    found = within(problem(tokens, 8, 8, 4, 2, dropped=1.0), backend, torch.float32).run(backend, torch.float32)
     assert found["y"].shape == (tokens, 8)
     assert not any(t.any() for t in found.values())
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_the_same_call_twice_gives_the_same_bits(backend: str) -> None:
-    p = problem(200, 24, 32, 8, 2)
+    p = within(problem(50 if INTERPRETED else 200, 24, 32, 8, 2), backend, torch.bfloat16)
     first, second = p.run(backend, torch.bfloat16), p.run(backend, torch.bfloat16)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize(
-    ("device", "dtype"),
-    [
-        ("cpu", torch.float32),
-        *(pytest.param("cuda", d, marks=pytest.mark.gpu) for d in (torch.float32, torch.bfloat16)),
-    ],
-)
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_non_contiguous_inputs_and_expanded_gradients_change_nothing(
     backend: str, device: str, dtype: torch.dtype
 ) -> None:
-    p = problem(30, 16, 24, 4, 2)
+    p = within(problem(30, 16, 24, 4, 2), backend, dtype)
     straight = {n: t.to(device, dtype).requires_grad_() for n, t in p.tensors.items()}
     askew = {n: every_other(t.to(device, dtype)).requires_grad_() for n, t in p.tensors.items()}
     for leaves in (straight, askew):
         expert_mlp(**leaves, indices=p.indices.to(device), activation="gelu", backend=backend).sum().backward()
-    for name in NAMES:
+    for name in p.tensors:
         expected = straight[name].grad
         assert expected is not None
         assert distance(askew[name].grad, expected.double().cpu()) <= TOLERANCE[dtype], name
@@ -183,11 +205,10 @@ def every_other(t: torch.Tensor) -> torch.Tensor:
     return t.mT.repeat_interleave(2, dim=-1)[..., ::2].mT.detach()
 
 
-@pytest.mark.parametrize("backend", USABLE)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
-    p = problem(20, 8, 8, 4, 2)
+    p = within(problem(20, 8, 8, 4, 2), backend, dtype)
     p.tensors["x"][7] = float("nan")
     found = p.run(backend, dtype, device)
     for name in ("y", "x", "weights"):
@@ -195,11 +216,11 @@ def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str, devic
         assert not torch.cat([found[name][:7], found[name][8:]]).isnan().any()
 
 
-@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_an_expert_chosen_twice_by_one_token_counts_twice(backend: str) -> None:
     p = problem(6, 8, 8, 4, 2)
     p.indices[:, 1] = p.indices[:, 0]
-    assert_equal_to_definition(p, backend, torch.float64)
+    assert_equal_to_definition(p, backend, widest(backend))
 
 
 def test_gradcheck_of_the_yardstick() -> None:

@@ -48,11 +48,26 @@ def test_a_backend_that_is_right_passes() -> None:
     assert self_check.failure(changed(lambda y: y.clone()), CPU) is None
 
 
+def test_a_backend_is_tried_within_what_it_takes() -> None:
+    made, calls = changed(lambda y: y.clone()), []
+
+    def expert_mlp(x, weights, indices, w_in, w_out, b_in, b_out, activation):  # type: ignore[no-untyped-def]
+        calls.append((x.dtype, b_in))
+        return reference.expert_mlp(x, weights, indices, w_in, w_out, b_in, b_out, activation)
+
+    made.expert_mlp = expert_mlp  # type: ignore[attr-defined]
+    made.refuses = (  # type: ignore[attr-defined]
+        lambda dtype, activation, bias, deterministic: "no" if bias or dtype == torch.float32 else None
+    )
+    assert self_check.failure(made, CPU) is None
+    assert calls == [(torch.bfloat16, None)]
+
+
 def test_auto_passes_over_a_backend_that_is_wrong_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = changed(lambda y: 2 * y)
     monkeypatch.setattr(mlp, "BACKENDS", {"broken": broken, **mlp.BACKENDS})
     with pytest.raises(UsageError, match="backend = broken: a trial call in float32 gave a wrong output"):
-        check_backend("broken", CPU)
+        check_backend("broken", CPU, torch.float32, "relu2", bias=False)
     x, w = torch.ones(3, 4), torch.ones(1, 4, 4)
     y = expert_mlp(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), w, w, activation="relu2")
     assert torch.equal(y, torch.full((3, 4), 64.0))  # (1·4)² times 4, which `broken` doubles

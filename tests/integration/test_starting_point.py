@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from moelab.config import RunConfig
-from moelab.experts import backends
+from moelab.experts.mlp import BACKENDS, availability
 from moelab.training import train
 
 MakeRun = Callable[..., RunConfig]
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-USABLE = [name for name, found in backends().items() if found.usable]
+USABLE = [name for name in BACKENDS if availability(name, torch.device("cpu")).usable]
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,11 @@ def _width(
             continue
         layer = _drawn(Layer(config, moe, name, indices), device)
         layer.indices_TK = chosen  # the same routing, where rounding would tip a token to another expert
-        found, _ = _results(layer, x, upstream)
+        try:
+            found, _ = _results(layer, x, upstream)
+        except UsageError as refused:  # a dtype, biases or a size that this backend does not take
+            row["reason"] = str(refused)
+            continue
         layer.indices_TK = indices
         row["error"] = max(((found[n].double() - t).norm() / t.norm()).item() for n, t in expected.items())
         if not row["error"] <= TOLERANCE[dtype]:

@@ -33,13 +33,17 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
         if "wall_ms" not in row:
             continue
         table.add_row(
-            "" if row["width"] == shown else str(row["width"]), row["backend"],
+            "" if row["width"] == shown else str(row["width"]), row["backend"].replace("-", "-\n"),
             *(_number(row[name]) for name in columns.values()),
         )  # fmt: skip
         shown = row["width"]
     console.print(table)
-    for width, name, reason in [(r["width"], r["backend"], r["reason"]) for r in results["rows"] if "reason" in r]:
-        console.print(f"D = {width}, {name}: no time: {reason}", highlight=False, soft_wrap=True)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in results["rows"]:
+        if "reason" in row:
+            reasons.setdefault((row["backend"], row["reason"]), []).append(str(row["width"]))
+    for (name, reason), widths in reasons.items():
+        console.print(f"D = {', '.join(widths)}, {name}: no time: {reason}", highlight=False, soft_wrap=True)
     settings, environment = results["settings"], results["environment"]
     console.print(
         f"T = {results['tokens']:,}, E = {settings['experts']}, K = {settings['top_k']}, "

@@ -13,8 +13,9 @@ from moelab.config import Activation, UsageError
 from moelab.experts import grouped_mm, reference, self_check, triton
 from moelab.experts.activation import inner_size
 
-# A backend is a module with `expert_mlp`, and `unusable` that says why it cannot be used on a device. The order is that
-# of `auto`. Forward and backward of one layer, D = 128, F = 512, K = 2, biases; CPU milliseconds on one thread of an
+# A backend is a module with `expert_mlp`, with `unusable` that says why it cannot be used on a device, and, where there
+# are calls that it does not take, with `refuses` that says why not. The order is that of `auto`, which never comes past
+# `reference`. Forward and backward of one layer, D = 128, F = 512, K = 2, biases; CPU milliseconds on one thread of an
 # EPYC with AVX512-BF16, PyTorch 2.13:
 #                         T = 2,048, E = 8    T = 8,192, E = 8    T = 2,048, E = 64
 #     grouped_mm  fp32          49                 226                   61
@@ -68,10 +69,12 @@ def expert_mlp(
 
     Raises:
         UsageError: shapes or dtypes that do not fit together, an index outside −1 … E − 1 (checked on CPUs only: on a
-            GPU that would wait for the device), an unknown activation, an unknown or unusable backend.
+            GPU that would wait for the device), an unknown activation, an unknown or unusable backend, or one that
+            does not take such a call.
     """
     _check(x, weights, indices, w_in, w_out, b_in, b_out, activation)
-    module = BACKENDS[_chosen(backend, x.device)]
+    bias = b_in is not None or b_out is not None
+    module = BACKENDS[_chosen(backend, x.device, x.dtype, activation, bias)]
     wide = torch.promote_types(x.dtype, torch.float32)
     cast = [None if p is None else p.to(x.dtype) for p in (w_in, w_out, b_in, b_out)]
     y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, *cast, activation)
@@ -100,8 +103,15 @@ def availability(name: str, device: torch.device) -> Availability:
     return Availability(reason is None, reason or f"on {device.type}")
 
 
-def check_backend(name: str, device: torch.device) -> None:
-    """Raises `UsageError` if `name` is not "auto" and not usable on a device.
+def check_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: Activation,
+    bias: bool,
+    deterministic: bool = False,
+) -> None:
+    """Raises `UsageError` if `name` is not "auto" and cannot compute such experts on a device.
 
     Call it before `torch.compile`, whose tracing would hide the error in one of its own.
     """
@@ -109,10 +119,12 @@ def check_backend(name: str, device: torch.device) -> None:
         found = availability(name, device)
         if not found.usable:
             raise UsageError(f"backend = {name}: {found.reason}")
+        if reason := self_check.refusal(BACKENDS[name], dtype, activation, bias, deterministic):
+            raise UsageError(reason)
 
 
-def _chosen(name: str, device: torch.device) -> str:
-    check_backend(name, device)
+def _chosen(name: str, device: torch.device, dtype: torch.dtype, activation: Activation, bias: bool) -> str:
+    check_backend(name, device, dtype, activation, bias, torch.are_deterministic_algorithms_enabled())
     if name == "auto":
         return next(known for known in BACKENDS if availability(known, device).usable)
     return name

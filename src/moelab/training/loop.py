@@ -81,7 +81,8 @@ def train(
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
     if run.model.moe is not None:
-        check_backend(run.model.moe.backend, device)
+        model, deterministic = run.model, run.training.deterministic
+        check_backend(run.model.moe.backend, device, dtype, model.activation, model.bias, deterministic)
     _claim(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
