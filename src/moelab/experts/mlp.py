@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts import grouped_mm, reference, self_check, triton
+from moelab.experts import grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
 from moelab.experts.activation import inner_size
 
 # A backend is a module with `expert_mlp`, with `unusable` that says why it cannot be used on a device, and, where there
@@ -22,7 +22,13 @@ from moelab.experts.activation import inner_size
 #     reference   fp32          49                 208                  467
 #     grouped_mm  bf16          18                  64                   36
 #     reference   bf16          21                  72                  170
-BACKENDS: dict[str, ModuleType] = {"grouped_mm": grouped_mm, "reference": reference, "triton": triton}
+BACKENDS: dict[str, ModuleType] = {
+    "grouped_mm": grouped_mm,
+    "reference": reference,
+    "triton": triton,
+    "megablocks": megablocks,
+    "megablocks-capacity": megablocks_capacity,
+}
 
 
 @dataclass(frozen=True)
