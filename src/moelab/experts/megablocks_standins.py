@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moelab.experts.grouped_mm import grouped_product, has_one_kernel
+from moelab.experts import products
 
 
 def installed(name: str) -> bool:
@@ -119,8 +119,8 @@ def product(
     """
     experts, ends = len(batch_sizes), batch_sizes.cumsum(0)
     b = b.mT if trans_b else b
-    if has_one_kernel(a, experts):
-        out = grouped_product(a.mT if trans_a else a, b, ends.to(a.device, torch.int32)).contiguous()
+    if products.one_kernel(a, experts):
+        out = products.grouped(a.mT if trans_a else a, b, ends.to(a.device, torch.int32)).contiguous()
         for e in (batch_sizes == 0).nonzero().flatten().tolist() if trans_a else ():
             out[e].zero_()
     else:
