@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts import grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
+from moelab.experts import cuda, grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
 from moelab.experts.activation import inner_size
 
 # A backend is a module with `expert_mlp`, with `unusable` that says why it cannot be used on a device, and, where there
@@ -26,6 +26,7 @@ BACKENDS: dict[str, ModuleType] = {
     "grouped_mm": grouped_mm,
     "reference": reference,
     "triton": triton,
+    "cuda": cuda,
     "megablocks": megablocks,
     "megablocks-capacity": megablocks_capacity,
 }

@@ -1,0 +1,421 @@
+// Moves rows between tokens and experts, and activates the hidden layer; each with its backward.
+//
+// Rows (N, …) are routed slots sorted by expert, as `route` numbers them. Rows from *kept on, to which dropped slots
+// are sorted, are neither read nor written. A warp handles a token, or a row, in accesses of 16 bytes; of one element
+// where a row is not a multiple of 16 bytes or a pointer is not aligned (`wide` 0). Offsets are 64 bits wide. Sums run
+// in fp32 and in a fixed order: slots in the order of k, lanes by a tree, rows by their numbers.
+//
+// Compiled with one of FLOAT32, FLOAT16 and BFLOAT16, and with ACTIVATION, one of the numbers below. A grid is of
+// blocks of 32 × WARPS threads. Pointers that may be 0 say so.
+
+#define GELU 0
+#define GELU_TANH 1
+#define RELU2 2
+#define SILU 3
+#define SWIGLU 4
+
+using Index = long long;
+
+constexpr int WARPS = 8;
+
+#ifdef FLOAT32
+using Element = float;
+constexpr int LINE = 4;  // elements of 16 bytes
+#else
+using Element = unsigned short;
+constexpr int LINE = 8;
+#endif
+
+// V elements as one access moves them.
+template <int V> struct Chunk;
+template <> struct Chunk<LINE> { uint4 line; };
+template <> struct Chunk<1> { Element element; };
+
+template <int V> __device__ inline Chunk<V> load(const Element* from) {
+    return *reinterpret_cast<const Chunk<V>*>(from);
+}
+
+template <int V> __device__ inline void store(Element* to, const Chunk<V>& chunk) {
+    *reinterpret_cast<Chunk<V>*>(to) = chunk;
+}
+
+// The same of a chunk that was loaded as it is.
+__device__ inline void copy(Element* to, const Chunk<LINE>& chunk) { store_line(to, chunk.line); }
+
+__device__ inline void copy(Element* to, const Chunk<1>& chunk) { *to = chunk.element; }
+
+__device__ inline void widen(const Chunk<LINE>& chunk, float (&value)[LINE]) {
+    const unsigned word[4] = {chunk.line.x, chunk.line.y, chunk.line.z, chunk.line.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#if defined(FLOAT32)
+        value[i] = __uint_as_float(word[i]);
+#elif defined(FLOAT16)
+        value[2 * i] = from_half(word[i] & 0xffff);
+        value[2 * i + 1] = from_half(word[i] >> 16);
+#else
+        value[2 * i] = __uint_as_float(word[i] << 16);
+        value[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+#endif
+    }
+}
+
+__device__ inline void widen(const Chunk<1>& chunk, float (&value)[1]) {
+#if defined(FLOAT32)
+    value[0] = chunk.element;
+#elif defined(FLOAT16)
+    value[0] = from_half(chunk.element);
+#else
+    value[0] = __uint_as_float(static_cast<unsigned>(chunk.element) << 16);
+#endif
+}
+
+__device__ inline unsigned two(float first, float second) {
+#ifdef FLOAT16
+    return two_halves(first, second);
+#else
+    return two_bfloats(first, second);
+#endif
+}
+
+__device__ inline Chunk<LINE> narrow(const float (&value)[LINE]) {
+    unsigned word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#ifdef FLOAT32
+        word[i] = __float_as_uint(value[i]);
+#else
+        word[i] = two(value[2 * i], value[2 * i + 1]);
+#endif
+    }
+    return {make_uint4(word[0], word[1], word[2], word[3])};
+}
+
+__device__ inline Chunk<1> narrow(const float (&value)[1]) {
+    Chunk<1> chunk;
+#ifdef FLOAT32
+    chunk.element = value[0];
+#else
+    chunk.element = static_cast<Element>(two(value[0], 0.0f));
+#endif
+    return chunk;
+}
+
+template <int V> __device__ inline void add(float (&sum)[V], const Element* from) {
+    float value[V];
+    widen(load<V>(from), value);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += value[i];
+}
+
+__device__ inline float sum_of_lanes(float value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL, value, step);
+    return value;
+}
+
+__device__ inline Index warp_of_grid() { return static_cast<Index>(blockIdx.x) * WARPS + threadIdx.y; }
+
+// Runs body<V>(arguments) with 16 bytes an access, or with one element.
+#define BY_WIDTH(wide, body, ...) \
+    if (wide) body<LINE>(__VA_ARGS__); \
+    else body<1>(__VA_ARGS__)
+
+// Dispatch
+
+template <int V> __device__ void dispatch_token(
+    const Element* __restrict__ x, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
+    Element* __restrict__ rows, Index token, Index top_k, Index width) {
+    constexpr int AHEAD = 4;  // loads in flight
+    const int rows_kept = *kept;
+    for (Index at = threadIdx.x * V; at < width; at += AHEAD * 32 * V) {
+        Chunk<V> chunk[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (at + i * 32 * V < width) chunk[i] = load<V>(x + token * width + at + i * 32 * V);
+        for (Index k = 0; k < top_k; ++k) {
+            const Index row = row_of_slot[token * top_k + k];
+            if (row >= rows_kept) continue;
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i)
+                if (at + i * 32 * V < width) copy(rows + row * width + at + i * 32 * V, chunk[i]);
+        }
+    }
+}
+
+// x (T, D) → rows (N, D): x[t] at the row of each slot of t. A token is read once.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+dispatch(const Element* x, const int* row_of_slot, const int* kept, Element* rows, Index tokens, Index top_k,
+         Index width, Index wide) {
+    const Index token = warp_of_grid();
+    if (token >= tokens) return;
+    BY_WIDTH(wide, dispatch_token, x, row_of_slot, kept, rows, token, top_k, width);
+}
+
+// Combine
+
+template <int V> __device__ void combine_token(
+    const Element* __restrict__ rows, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
+    const float* __restrict__ weights, const Index* __restrict__ indices, const Element* __restrict__ bias,
+    Element* __restrict__ out, Index token, Index top_k, Index width) {
+    constexpr int AHEAD = 2;  // slots whose loads are in flight
+    const int rows_kept = *kept;
+    for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
+        float sum[V] = {};
+        for (Index first = token * top_k; first < (token + 1) * top_k; first += AHEAD) {
+            Chunk<V> chunk[AHEAD];
+            bool there[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+                const Index row = first + i < (token + 1) * top_k ? row_of_slot[first + i] : rows_kept;
+                there[i] = row < rows_kept;
+                if (there[i]) chunk[i] = load<V>(rows + row * width + at);
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+                if (!there[i]) continue;
+                float value[V];
+                widen(chunk[i], value);
+                if (bias) add<V>(value, bias + indices[first + i] * width + at);
+                const float weight = weights ? weights[first + i] : 1.0f;
+#pragma unroll
+                for (int j = 0; j < V; ++j) sum[j] += weight * value[j];
+            }
+        }
+        store(out + token * width + at, narrow(sum));
+    }
+}
+
+// rows (N, D), weights (T, K) fp32 or 0, bias (E, D) or 0 → out[t] = Σ_k weights[t, k] · (rows[row of (t, k)] +
+// bias[indices[t, k]]). Without weights and bias it is the backward of `dispatch`.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+combine(const Element* rows, const int* row_of_slot, const int* kept, const float* weights, const Index* indices,
+        const Element* bias, Element* out, Index tokens, Index top_k, Index width, Index wide) {
+    const Index token = warp_of_grid();
+    if (token >= tokens) return;
+    BY_WIDTH(wide, combine_token, rows, row_of_slot, kept, weights, indices, bias, out, token, top_k, width);
+}
+
+template <int V> __device__ void combine_token_backward(
+    const Element* __restrict__ d_out, const Element* __restrict__ rows, const int* __restrict__ row_of_slot,
+    const int* __restrict__ kept, const float* __restrict__ weights, const Index* __restrict__ indices,
+    const Element* __restrict__ bias, Element* __restrict__ d_rows, float* __restrict__ d_weights, Index token,
+    Index top_k, Index width) {
+    constexpr int AHEAD = 4;
+    for (Index slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
+        const Index row = row_of_slot[slot];
+        const bool there = row < *kept;
+        float sum = 0;
+        if (there) {
+            const float weight = weights[slot];
+            const Element* added = bias ? bias + indices[slot] * width : nullptr;
+            for (Index at = threadIdx.x * V; at < width; at += AHEAD * 32 * V) {
+                Chunk<V> d[AHEAD], chunk[AHEAD];
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i) {
+                    const Index here = at + i * 32 * V;
+                    if (here >= width) break;
+                    d[i] = load<V>(d_out + token * width + here);
+                    chunk[i] = load<V>(rows + row * width + here);
+                }
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i) {
+                    const Index here = at + i * 32 * V;
+                    if (here >= width) break;
+                    float gradient[V], value[V];
+                    widen(d[i], gradient);
+                    widen(chunk[i], value);
+                    if (added) add<V>(value, added + here);
+#pragma unroll
+                    for (int j = 0; j < V; ++j) {
+                        sum += gradient[j] * value[j];
+                        gradient[j] *= weight;
+                    }
+                    store(d_rows + row * width + here, narrow(gradient));
+                }
+            }
+        }
+        sum = sum_of_lanes(sum);
+        if (threadIdx.x == 0) d_weights[slot] = there ? sum : 0.0f;
+    }
+}
+
+// d_out (T, D) → d_rows (N, D) = weight · d_out[t], d_weights (T, K) = ⟨d_out[t], row + bias⟩, 0 for a dropped slot.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+combine_backward(const Element* d_out, const Element* rows, const int* row_of_slot, const int* kept,
+                 const float* weights, const Index* indices, const Element* bias, Element* d_rows, float* d_weights,
+                 Index tokens, Index top_k, Index width, Index wide) {
+    const Index token = warp_of_grid();
+    if (token >= tokens) return;
+    BY_WIDTH(wide, combine_token_backward, d_out, rows, row_of_slot, kept, weights, indices, bias, d_rows, d_weights,
+             token, top_k, width);
+}
+
+// Activation
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+struct Curve {
+    float height, slope;
+};
+
+// act(x) and act'(x); of swiglu its gate's, silu.
+__device__ inline Curve curve(float x) {
+#if ACTIVATION == GELU
+    // Φ and its density share one exponential: erfc(y) = poly(1 / (1 + 0.3275911 y)) exp(−y²), y = |x| / √2, within
+    // 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26; their coefficients halved).
+    const float t = reciprocal(1.0f + 0.23164190f * fabsf(x));
+    const float bell = power_of_2(-0.5f * LOG2E * x * x);
+    const float poly =
+        ((((0.53070271f * t - 0.72657601f) * t + 0.71070687f) * t - 0.14224837f) * t + 0.12741480f) * t;
+    const float tail = poly * bell;
+    const float below = x < 0.0f ? tail : 1.0f - tail;
+    return {x * below, below + 0.39894228f * x * bell};
+#elif ACTIVATION == GELU_TANH
+    const float s = reciprocal(1.0f + power_of_2(-1.5957691f * LOG2E * (x + 0.044715f * x * x * x)));
+    return {x * s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x)};
+#elif ACTIVATION == RELU2
+    const float above = x < 0.0f ? 0.0f : x;  // NaN stays NaN
+    return {above * above, 2.0f * above};
+#else
+    const float s = reciprocal(1.0f + power_of_2(-LOG2E * x));
+    return {x * s, s + x * s * (1.0f - s)};
+#endif
+}
+
+constexpr bool GATED = ACTIVATION == SWIGLU;
+constexpr int PARTS = GATED ? 2 : 1;  // of z: with swiglu the gate's F, then the value's
+
+template <int V> __device__ void activate_row(
+    const Element* __restrict__ z, const Element* __restrict__ bias, Element* __restrict__ h, Index row, Index expert,
+    Index hidden) {
+    constexpr int AHEAD = 4 / PARTS;
+    z += row * PARTS * hidden;
+    if (bias) bias += expert * PARTS * hidden;
+    h += row * hidden;
+    for (Index at = threadIdx.x * V; at < hidden; at += AHEAD * 32 * V) {
+        Chunk<V> chunk[AHEAD][PARTS];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                if (at + i * 32 * V < hidden) chunk[i][part] = load<V>(z + part * hidden + at + i * 32 * V);
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const Index here = at + i * 32 * V;
+            if (here >= hidden) break;
+            float value[PARTS][V];
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                widen(chunk[i][part], value[part]);
+                if (bias) add<V>(value[part], bias + part * hidden + here);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j)
+                value[0][j] = curve(value[0][j]).height * (GATED ? value[PARTS - 1][j] : 1.0f);
+            store(h + here, narrow(value[0]));
+        }
+    }
+}
+
+// z (N, F; 2F for swiglu), bias (E, F; 2F) or 0 → h (N, F) = act(z + bias).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+activate(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row, const int* kept,
+         Element* h, Index hidden, Index wide) {
+    const Index row = warp_of_grid();
+    if (row >= *kept) return;
+    const Index expert = bias ? indices[slot_of_row[row]] : 0;
+    BY_WIDTH(wide, activate_row, z, bias, h, row, expert, hidden);
+}
+
+template <int V> __device__ void activate_row_backward(
+    const Element* __restrict__ z, const Element* __restrict__ bias, const Element* d_h, Element* d_z, Index row,
+    Index expert, Index hidden) {
+    constexpr int AHEAD = 4 / PARTS;
+    z += row * PARTS * hidden;
+    if (bias) bias += expert * PARTS * hidden;
+    d_h += row * hidden;
+    d_z += row * PARTS * hidden;
+    for (Index at = threadIdx.x * V; at < hidden; at += AHEAD * 32 * V) {
+        Chunk<V> chunk[AHEAD][PARTS], d[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const Index here = at + i * 32 * V;
+            if (here >= hidden) break;
+            d[i] = load<V>(d_h + here);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) chunk[i][part] = load<V>(z + part * hidden + here);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const Index here = at + i * 32 * V;
+            if (here >= hidden) break;
+            float value[PARTS][V], gradient[V];
+            widen(d[i], gradient);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                widen(chunk[i][part], value[part]);
+                if (bias) add<V>(value[part], bias + part * hidden + here);
+            }
+#pragma unroll
+            for (int j = 0; j < V; ++j) {
+                const Curve at_gate = curve(value[0][j]);
+                value[0][j] = gradient[j] * at_gate.slope * (GATED ? value[PARTS - 1][j] : 1.0f);
+                if (GATED) value[PARTS - 1][j] = gradient[j] * at_gate.height;
+            }
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) store(d_z + part * hidden + here, narrow(value[part]));
+        }
+    }
+}
+
+// d_h (N, F) → d_z (N, F; 2F for swiglu) = d_h · act'(z + bias). d_z may be d_h itself, except for swiglu.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+activate_backward(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row,
+                  const int* kept, const Element* d_h, Element* d_z, Index hidden, Index wide) {
+    const Index row = warp_of_grid();
+    if (row >= *kept) return;
+    const Index expert = bias ? indices[slot_of_row[row]] : 0;
+    BY_WIDTH(wide, activate_row_backward, z, bias, d_h, d_z, row, expert, hidden);
+}
+
+// Gradients of the experts' parameters
+
+constexpr int ACROSS = 8, DOWN = 32 * WARPS / ACROSS;  // threads of a block along columns and rows
+
+template <int V> __device__ void sum_columns(
+    const Element* __restrict__ rows, Element* __restrict__ out, Index start, Index end, Index width) {
+    __shared__ float partial[DOWN][ACROSS * V];
+    const int thread = threadIdx.y * 32 + threadIdx.x, column = thread % ACROSS, down = thread / ACROSS;
+    const Index at = (static_cast<Index>(blockIdx.x) * ACROSS + column) * V;
+    float sum[V] = {};
+    if (at < width) {
+#pragma unroll 4
+        for (Index row = start + down; row < end; row += DOWN) add<V>(sum, rows + row * width + at);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) partial[down][column * V + j] = sum[j];
+    __syncthreads();
+    if (down > 0 || at >= width) return;
+    for (int i = 1; i < DOWN; ++i)
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum[j] += partial[i][column * V + j];
+    store(out + blockIdx.y * width + at, narrow(sum));
+}
+
+// rows (N, C) → out[e] (E, C), the sum over an expert's rows. Grid: (C / (ACROSS · elements an access), E).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+bias_gradient(const Element* rows, const int* offsets, Element* out, Index width, Index wide) {
+    const Index start = blockIdx.y ? offsets[blockIdx.y - 1] : 0, end = offsets[blockIdx.y];
+    BY_WIDTH(wide, sum_columns, rows, out, start, end, width);
+}
+
+// Zeros in both weight gradients, of `size` elements an expert, of experts without rows. Grid: (any, E).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+clear_idle(const int* offsets, Element* d_in, Index in_size, Element* d_out, Index out_size) {
+    const Index expert = blockIdx.y, start = expert ? offsets[expert - 1] : 0;
+    if (offsets[expert] > start) return;
+    const Index first = warp_of_grid() * 32 + threadIdx.x, step = static_cast<Index>(gridDim.x) * 32 * WARPS;
+    for (Index i = first; i < in_size; i += step) d_in[expert * in_size + i] = 0;
+    for (Index i = first; i < out_size; i += step) d_out[expert * out_size + i] = 0;
+}
