@@ -30,8 +30,8 @@ TOKENS, EXPERTS, TOP_K, MULTIPLE = 32_768, 8, 2, 4
 PLAIN = [
     Tile(128, 128, 64), Tile(128, 128, 64, stages=4), Tile(128, 128, 64, warps=4), Tile(128, 256, 64),
     Tile(128, 256, 64, stages=4), Tile(256, 128, 64), Tile(256, 128, 64, stages=4),
-    Tile(128, 64, 64, warps=4, stages=4), Tile(64, 128, 64, warps=4, stages=4), Tile(64, 256, 64, warps=4, stages=3), Tile(128, 128, 128, stages=2),
-    Tile(128, 128, 32, stages=5),
+    Tile(128, 64, 64, warps=4, stages=4), Tile(64, 128, 64, warps=4, stages=4),
+    Tile(64, 256, 64, warps=4, stages=3), Tile(128, 128, 128, stages=2), Tile(128, 128, 32, stages=5),
 ]  # fmt: skip
 SLOPE = [
     Tile(128, 128, 64, halves=True), Tile(128, 128, 64, halves=True, registers=128), Tile(128, 128, 64),

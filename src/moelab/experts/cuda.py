@@ -266,7 +266,7 @@ def dispatched_experts_backward(
         d_z = kernels.activate_backward(z, b_in, d_h)
         d_w_in = products.weight_gradient(d_z, rows, w_in, offsets)
         d_x = kernels.combine(products.product(d_z, w_in, offsets))
-        if products.one_kernel(rows, w_in):
+        if products.one_kernel(rows, len(w_in)):
             kernels.clear_idle(d_w_in, d_w_out)
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(d_outputs)
