@@ -47,7 +47,12 @@ GRADIENT = [
     Tile(128, 256, 64, stages=4), Tile(256, 128, 64), Tile(256, 128, 64, stages=4), Tile(128, 128, 128, stages=2),
     Tile(64, 128, 64, warps=4, stages=4), Tile(128, 256, 32, stages=5),
 ]  # fmt: skip
-CANDIDATES = {"up": UP, "down": PLAIN, "slope": SLOPE, "back": PLAIN, "in": GRADIENT, "out": GRADIENT}
+CANDIDATES = {
+    name: [*tiles, *(tile._replace(maps=True) for tile in tiles[:7])]
+    for name, tiles in {
+        "up": UP, "down": PLAIN, "slope": SLOPE, "back": PLAIN, "in": GRADIENT, "out": GRADIENT
+    }.items()
+}  # fmt: skip
 
 
 @dataclass
@@ -79,28 +84,25 @@ class Layer:
         gathered: dict[str, Any] = {"slot_of_row": self.slot_of_row, "top_k": TOP_K, "activation": "gelu"}
 
         def up() -> torch.Tensor:
-            strides = (hidden * width, width, 1)
             triton._product(
-                "up", self.x, self.w_in, strides, hidden, self.offsets, out=self.wide, h=self.second, epilogue="act",
+                "up", self.x, self.w_in, hidden, self.offsets, out=self.wide, h=self.second, epilogue="act",
                 **gathered,
             )  # fmt: skip
             return self.second
 
         def down() -> torch.Tensor:
-            triton._product(
-                "down", self.h, self.w_out, (width * hidden, hidden, 1), width, self.offsets, out=self.narrow
-            )
+            triton._product("down", self.h, self.w_out, width, self.offsets, out=self.narrow)
             return self.narrow
 
         def slope() -> torch.Tensor:
             triton._product(
-                "slope", self.dy, self.w_out, (width * hidden, 1, hidden), hidden, self.offsets, out=self.wide,
+                "slope", self.dy, self.w_out, hidden, self.offsets, out=self.wide,
                 h=self.second, z=self.z, weights=self.weights, partial=self.partial, epilogue="slope", **gathered,
             )  # fmt: skip
             return self.wide
 
         def back() -> torch.Tensor:
-            triton._product("back", self.h, self.w_in, (hidden * width, 1, width), width, self.offsets, out=self.narrow)
+            triton._product("back", self.h, self.w_in, width, self.offsets, out=self.narrow)
             return self.narrow
 
         def gradient_in() -> torch.Tensor:

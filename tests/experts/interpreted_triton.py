@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moelab.experts import reference, triton
 
@@ -100,6 +101,29 @@ def test_an_epilogue_in_halves_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(triton, "WIDE", triton.WIDE._replace(halves=True))
     for one, other in zip(results(triton, inputs, routed(shape), "gelu", torch.float32), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_operands_through_the_tensor_memory_accelerator_give_the_same(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows past an expert's end that are another's, or nobody's: NaN in them must not come through."""
+    tile = triton.Tile(32, 16, 16, warps=4, chunk=40)
+    monkeypatch.setattr(triton, "WIDE", tile)
+    shape = (150, 48, 64, 5, 2)
+    inputs = drawn(shape, activation, True, torch.float32)
+    inputs[0][7] = torch.nan  # type: ignore[index]
+    indices = routed(shape)
+    plain = results(triton, inputs, indices, activation, torch.float32)
+    monkeypatch.setattr(triton, "WIDE", tile._replace(maps=True))
+    maps = []
+    monkeypatch.setattr(TensorDescriptor, "__post_init__", lambda made: maps.append(made.block_shape))
+    mapped = results(triton, inputs, indices, activation, torch.float32)
+    assert maps
+    for one, other in zip(mapped, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+    for gradient in mapped[3:5]:
+        assert gradient.isnan().any((1, 2)).nonzero().flatten().tolist() == sorted(indices[7].tolist())
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (700, 3, 2), (5000, 64, 1), (3000, 8, 4)])

@@ -41,13 +41,17 @@ def compiler(capability: int, names: list[str]) -> Callable[..., None]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | options
         signature, constants, hints = {}, {}, {}
         for place, parameter in enumerate(kernel.params):
             value = given.pop(parameter.name)
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            if isinstance(value, TensorDescriptor):
+                signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+                continue
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
@@ -72,6 +76,9 @@ def test_every_kernel_compiles(
     compiled: list[str] = []
     monkeypatch.setattr(jit.JITFunction, "run", compiler(capability, compiled))
     monkeypatch.setattr(backend, "_pairs", lambda _: capability < 100)
+    if capability >= 90:
+        mapped = {name: {1 << 30: tiles[256]._replace(maps=True)} for name, tiles in backend.TILES.items()}
+        monkeypatch.setattr(backend, "TILES", mapped)
     tokens, width, hidden, experts, top_k = 512, 256, 512, 8, 2
     x = torch.zeros(tokens, width, dtype=dtype)
     weights, indices = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k, dtype=torch.int64)

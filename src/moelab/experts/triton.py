@@ -77,11 +77,11 @@ def fused_experts(
     z = x.new_empty(slots, w_in.shape[1])
     h = x.new_empty(slots, hidden)
     _product(
-        "up", x, w_in, (w_in.shape[1] * width, width, 1), hidden, offsets, out=z, h=h,
-        bias=b_in, slot_of_row=slot_of_row, top_k=indices.shape[1], epilogue="act", activation=activation,
+        "up", x, w_in, hidden, offsets, out=z, h=h, bias=b_in, slot_of_row=slot_of_row, top_k=indices.shape[1],
+        epilogue="act", activation=activation,
     )  # fmt: skip
     rows = x.new_empty(slots, width)
-    _product("down", h, w_out, (width * hidden, hidden, 1), width, offsets, bias=b_out, out=rows)
+    _product("down", h, w_out, width, offsets, bias=b_out, out=rows)
     y = _combine(rows, row_of_slot, offsets, indices, weights)
     return y, z, slot_of_row, row_of_slot, offsets
 
@@ -113,7 +113,7 @@ def fused_experts_backward(
     tiles = _tiles(slots, experts, tile.rows)
     bias_parts = torch.empty(tiles if b_in is not None else 0, inner, dtype=torch.float32, device=x.device)
     _product(
-        "slope", dy, w_out, (width * hidden, 1, hidden), hidden, offsets, out=dz, h=h, slot_of_row=slot_of_row,
+        "slope", dy, w_out, hidden, offsets, out=dz, h=h, slot_of_row=slot_of_row,
         top_k=top_k, epilogue="slope", activation=activation, z=z, weights=weights, partial=partial,
         bias_parts=bias_parts, bias=b_in,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def fused_experts_backward(
         d_b_out = _sum_bias_parts(parts, offsets, BIAS_CHUNK, b_out)
     d_b_in = _sum_bias_parts(bias_parts, offsets, tile.rows, b_in) if b_in is not None else x.new_empty(0)
     d_rows = x.new_empty(slots, width)
-    _product("back", dz, w_in, (inner * width, 1, width), width, offsets, out=d_rows)
+    _product("back", dz, w_in, width, offsets, out=d_rows)
     d_x = _combine(d_rows, row_of_slot, offsets, indices, None)
     del d_rows
     d_w_in = _weight_gradient("in", dz, x, offsets, slot_of_row, top_k, w_in)
@@ -190,6 +190,8 @@ class Tile(NamedTuple):
     """The epilogue in two halves, for fewer registers."""
     registers: int | None = None
     """At most so many a thread, so that two programs fit a multiprocessor."""
+    maps: bool = False
+    """Operands that are not gathered come through the tensor memory accelerator, on GPUs that have one."""
     chunk: int = 1 << 30
     """Weight gradients: at most so many rows in a sum; longer ones are summed in parts, in their order."""
 
@@ -249,6 +251,12 @@ def _pairs(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (8, 9)
 
 
+@functools.cache
+def _has_maps(device: torch.device) -> bool:
+    """Whether there is a tensor memory accelerator, or an interpreter that does as it does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def _compiled(tile: Tile, dtype: torch.dtype, device: torch.device, operands: int, loads: int = 1) -> dict[str, Any]:
     """Options of the compiler; `operands` rows and columns are held a stage, fewer stages where they do not fit.
 
@@ -291,13 +299,13 @@ def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch
 
 
 def _product(
-    name: str, a: torch.Tensor, w: torch.Tensor, strides: tuple[int, int, int], outside: int, offsets: torch.Tensor, *,
+    name: str, a: torch.Tensor, w: torch.Tensor, outside: int, offsets: torch.Tensor, *,
     out: torch.Tensor, bias: torch.Tensor | None = None, slot_of_row: torch.Tensor | None = None,
     top_k: int = 1, epilogue: str = "", activation: str = "", z: torch.Tensor | None = None,
     h: torch.Tensor | None = None, weights: torch.Tensor | None = None, partial: torch.Tensor | None = None,
     bias_parts: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launches `product`; strides are those of w by expert, output and input."""
+    """Launches `product`."""
     from moelab.experts import triton_kernels as kernels
 
     experts, inside = len(offsets), a.shape[1]
@@ -311,12 +319,21 @@ def _product(
         for t in (z if z is not None else out, h, weights, partial, bias_parts, slot_of_row)
     )
     gated = activation == "swiglu" and epilogue == "act"
+    even, gather, across = inside % tile.depth == 0, epilogue != "", name in ("slope", "back")
+    a_map = w_map = None
+    if tile.maps and even and whole and _has_maps(a.device) and w.data_ptr() % 16 == 0:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        w_map = TensorDescriptor.from_tensor(
+            w.flatten(0, 1), [tile.depth, tile.columns] if across else [tile.columns, tile.depth]
+        )
+        a_map = None if gather else TensorDescriptor.from_tensor(a, [tile.rows, tile.depth])
     kernels.product[(tiles * -(-outside // tile.columns),)](
         a, slot_of_row, w, bias if bias is not None else some, out, offsets, z, h, weights, partial, bias_parts,
-        inside, outside, *strides, tiles,
-        GATHER=epilogue != "", TOP_K=top_k, EPILOGUE=epilogue, ACTIVATION=activation,
+        inside, outside, tiles, a_map, w_map,
+        GATHER=gather, ACROSS=across, TOP_K=top_k, EPILOGUE=epilogue, ACTIVATION=activation,
         EXPERTS=experts, EXPERTS_2=_power_of_2(experts), HAS_BIAS=bias is not None, **_arithmetic(a.dtype),
-        EXACT=a.dtype == torch.float32, EVEN=inside % tile.depth == 0, WHOLE=whole,
+        EXACT=a.dtype == torch.float32, EVEN=even, WHOLE=whole,
         DIRECT=whole and a.element_size() == 2 and _pairs(a.device), ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, HALVES=tile.halves and epilogue == "slope",
         **_compiled(tile, a.dtype, a.device, tile.rows + tile.columns * (1 + gated)),
@@ -338,11 +355,20 @@ def _weight_gradient(
     several = 0 if slots <= tile.chunk else min(chunks, 2 * slots // tile.chunk)
     parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
     shared = {"EXPERTS": experts, "EXPERTS_2": _power_of_2(experts)}
+    whole = outside % tile.rows == 0 and inside % tile.columns == 0
+    dy_map = x_map = None
+    if tile.maps and whole and _has_maps(w.device):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        if name == "in":
+            dy_map = TensorDescriptor.from_tensor(dy, [tile.depth, tile.rows])
+        else:
+            x_map = TensorDescriptor.from_tensor(x, [tile.depth, tile.columns])
     kernels.weight_gradient[(-(-outside // tile.rows) * -(-inside // tile.columns), chunks)](
-        dy, x, slot_of_row, offsets, dw, parts, outside, inside, tile.chunk,
+        dy, x, slot_of_row, offsets, dw, parts, outside, inside, tile.chunk, dy_map, x_map,
         GATHER_DY=name == "out", GATHER_X=name == "in", TOP_K=top_k, **shared, **_arithmetic(w.dtype),
-        WHOLE=outside % tile.rows == 0 and inside % tile.columns == 0, ROWS=tile.rows, COLUMNS=tile.columns,
-        DEPTH=tile.depth, **_compiled(tile, w.dtype, w.device, tile.rows + tile.columns, loads=2),
+        WHOLE=whole, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        **_compiled(tile, w.dtype, w.device, tile.rows + tile.columns, loads=2),
     )  # fmt: skip
     size = outside * inside
     kernels.sum_parts[(-(-size // 4096), experts)](parts, offsets, dw, size, tile.chunk, **shared, BLOCK=4096)

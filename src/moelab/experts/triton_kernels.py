@@ -71,9 +71,9 @@ def place(
 def _gelu(z, EXACT: tl.constexpr):
     """z·Φ(z) and its derivative, Φ the normal distribution's.
 
-    EXACT: by erf. Otherwise log2 Φ(−|z|) is a polynomial of degree 5 in |z|, fitted for the error of both results: at most
-    1.1e-6 in z·Φ(z) and 2.4e-5 in its derivative, and 5e-5 of Φ(−|z|) itself for |z| ≤ 3. It falls for ever, so that
-    no argument is too large, and costs one exponential and 8 other instructions.
+    EXACT: by erf. Otherwise log2 Φ(−|z|) is a polynomial of degree 5 in |z|, fitted for the error of both results: at
+    most 1.1e-6 in z·Φ(z) and 2.4e-5 in its derivative, and 5e-5 of Φ(−|z|) itself for |z| ≤ 3. It falls for ever, so
+    that no argument is too large, and costs one exponential and 8 other instructions.
     """
     if EXACT:
         phi = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476))
@@ -87,8 +87,8 @@ def _gelu(z, EXACT: tl.constexpr):
         tail = tl.math.exp2(p * m - 1.000066876411438)
         a = tl.maximum(z, 0.0) - m * tail
         phi = tl.where(z > 0, 1 - tail, tail)
-    e = tl.math.exp2(z * z * -0.7213475204444817)
-    return a, phi + z * 0.3989422804014327 * e
+    density = tl.math.exp2(z * z * -0.7213475204444817 - 1.3257480647361592)
+    return a, phi + z * density
 
 
 @triton.jit
@@ -207,15 +207,16 @@ def _slope(
 @triton.jit
 def product(
     a, slot_of_row, w, bias, out, offsets, z, h, weights, partial, bias_parts,
-    inside, outside, stride_e, stride_o, stride_i, tiles,
-    GATHER: tl.constexpr, TOP_K: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
+    inside, outside, tiles, a_map, w_map,
+    GATHER: tl.constexpr, ACROSS: tl.constexpr, TOP_K: tl.constexpr, EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr,
     EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, CAST: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, DIRECT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Rows (N, inside) by w[e] (outside, inside, by its strides) → (N, outside), a tile a program.
+    """Rows (N, inside) by w[e] (outside, inside), or ACROSS (inside, outside), → (N, outside), a tile a program.
 
     GATHER: row r of the left operand is a[slot_of_row[r] // TOP_K].
+    a_map, w_map: where not None, descriptors by which the tensor memory accelerator loads tiles of an operand.
     GROUP: so many tiles of rows go down a column of tiles before the next column, for the cache.
     EPILOGUE "": out = product + bias. "act": z = product + bias, h = act(z); with swiglu, outside is F and the value's
     rows of w follow F rows below the gate's. "slope": the product is dL/dh of an unweighted row; out = weight · dL/dh ·
@@ -240,30 +241,41 @@ def product(
         left = a + (slot // TOP_K).to(tl.int64)[:, None] * inside + i[None, :]
     else:
         left = a + row.to(tl.int64)[:, None] * inside + i[None, :]
-    right = w + expert.to(tl.int64) * stride_e + o[None, :] * stride_o + i[:, None] * stride_i
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     gated: tl.constexpr = (EPILOGUE == "act") & (ACTIVATION == "swiglu")
+    wide: tl.constexpr = 2 if gated else 1
+    right = w + expert.to(tl.int64) * inside * outside * wide
+    right += i[:, None] * outside + o[None, :] if ACROSS else o[None, :] * inside + i[:, None]
+    first = expert * inside if ACROSS else expert * outside * wide + column * COLUMNS
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     value = acc
     for k in range(0, inside, DEPTH):
-        x = tl.load(left) if EVEN else tl.load(left, mask=(i < inside - k)[None, :], other=0.0)
-        m = _right(right, i < inside - k, inside_columns, EVEN, WHOLE)
+        if a_map is None:
+            x = tl.load(left) if EVEN else tl.load(left, mask=(i < inside - k)[None, :], other=0.0)
+        else:
+            x = a_map.load([start, k])
+        if w_map is None:
+            m = _right(right, i < inside - k, inside_columns, EVEN, WHOLE)
+        else:
+            m = w_map.load([first + k, column * COLUMNS]) if ACROSS else w_map.load([first, k]).T
         acc = _dot(x, m, acc, PRECISION, CAST)
         if gated:
-            m = _right(right + outside * stride_o, i < inside - k, inside_columns, EVEN, WHOLE)
+            if w_map is None:
+                m = _right(right + outside * inside, i < inside - k, inside_columns, EVEN, WHOLE)
+            else:
+                m = w_map.load([first + outside, k]).T
             value = _dot(x, m, value, PRECISION, CAST)
         left += DEPTH
-        right += DEPTH * stride_i
+        right += DEPTH * outside if ACROSS else DEPTH
     mask = inside_rows[:, None] & inside_columns[None, :]
     begin = start.to(tl.int64) * outside
     spot = r[:, None] * outside + o[None, :]
     dtype: tl.constexpr = out.dtype.element_ty
     if EPILOGUE == "act":
         if HAS_BIAS:
-            wide: tl.constexpr = 2 if gated else 1
-            first = bias + expert * outside * wide + o
-            acc += tl.load(first, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+            bias += expert * outside * wide + o
+            acc += tl.load(bias, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
             if gated:
-                value += tl.load(first + outside, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
+                value += tl.load(bias + outside, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
         # The activation is of what is stored: the backward pass sees no other.
         if gated:
             twice = z + 2 * begin + r[:, None] * (2 * outside) + o[None, :]
@@ -327,8 +339,39 @@ def _chunk(offsets, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, longest, chu
 
 
 @triton.jit
+def _rows_product(
+    dy, x, slot_of_row, first, end, o, i, outside, inside, acc, dy_map, x_map, o_first, i_first,
+    GATHER_DY: tl.constexpr, GATHER_X: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr, CAST: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ over DEPTH rows of dy[row]ᵀ x[row]; FULL: all of them are the expert's."""
+    r = first + tl.arange(0, DEPTH)
+    there = r < end
+    row = r.to(tl.int64)
+    token = row
+    if GATHER_DY or GATHER_X:
+        slot = tl.load(slot_of_row + r) if FULL else tl.load(slot_of_row + r, mask=there, other=0)
+        token = (slot // TOP_K).to(tl.int64)
+    left = dy + (token if GATHER_DY else row)[None, :] * outside + o[:, None]
+    right = x + (token if GATHER_X else row)[:, None] * inside + i[None, :]
+    if FULL and dy_map is not None:
+        d = dy_map.load([first, o_first]).T
+    elif FULL and WHOLE:
+        d = tl.load(left)
+    else:
+        d = tl.load(left, mask=there[None, :] & (o < outside)[:, None], other=0.0)
+    if FULL and x_map is not None:
+        v = x_map.load([first, i_first])
+    elif FULL and WHOLE:
+        v = tl.load(right)
+    else:
+        v = tl.load(right, mask=there[:, None] & (i < inside)[None, :], other=0.0)
+    return _dot(d, v, acc, PRECISION, CAST)
+
+
+@triton.jit
 def weight_gradient(
-    dy, x, slot_of_row, offsets, dw, parts, outside, inside, longest,
+    dy, x, slot_of_row, offsets, dw, parts, outside, inside, longest, dy_map, x_map,
     GATHER_DY: tl.constexpr, GATHER_X: tl.constexpr, TOP_K: tl.constexpr,
     EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, PRECISION: tl.constexpr, CAST: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -337,35 +380,26 @@ def weight_gradient(
 
     A program sums over a chunk of rows for one tile of a matrix. The only chunk of an expert goes to dw; of several
     each goes to `parts` (chunk, outside, inside) in fp32, and `sum_parts` adds them. A gathered operand is of tokens.
+    dy_map, x_map: see `product`. Rows past the chunk's end are another's, and may be NaN: they are masked at the end.
     """
     expert, start, end, part = _chunk(offsets, EXPERTS, EXPERTS_2, longest, tl.program_id(1))
     if expert >= EXPERTS:
         return
     across = tl.cdiv(inside, COLUMNS)
-    o = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    i = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    o_first, i_first = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLUMNS
+    o, i = o_first + tl.arange(0, ROWS), i_first + tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    k = tl.arange(0, DEPTH)
-    for first in range(start, end, DEPTH):
-        r = first + k
-        inside_rows = r < end
-        row = r.to(tl.int64)
-        token = row
-        if GATHER_DY or GATHER_X:
-            token = (tl.load(slot_of_row + r, mask=inside_rows, other=0) // TOP_K).to(tl.int64)
-        left = token if GATHER_DY else row
-        right = token if GATHER_X else row
-        if WHOLE:
-            d = tl.load(dy + left[None, :] * outside + o[:, None], mask=inside_rows[None, :], other=0.0)
-            v = tl.load(x + right[:, None] * inside + i[None, :], mask=inside_rows[:, None], other=0.0)
-        else:
-            d = tl.load(
-                dy + left[None, :] * outside + o[:, None], mask=inside_rows[None, :] & (o < outside)[:, None], other=0.0
-            )
-            v = tl.load(
-                x + right[:, None] * inside + i[None, :], mask=inside_rows[:, None] & (i < inside)[None, :], other=0.0
-            )
-        acc = _dot(d, v, acc, PRECISION, CAST)
+    rest = end - (end - start) % DEPTH
+    for first in range(start, rest, DEPTH):
+        acc = _rows_product(
+            dy, x, slot_of_row, first, end, o, i, outside, inside, acc, dy_map, x_map, o_first, i_first,
+            GATHER_DY, GATHER_X, TOP_K, PRECISION, CAST, WHOLE, True, DEPTH,
+        )  # fmt: skip
+    if rest < end:
+        acc = _rows_product(
+            dy, x, slot_of_row, rest, end, o, i, outside, inside, acc, dy_map, x_map, o_first, i_first,
+            GATHER_DY, GATHER_X, TOP_K, PRECISION, CAST, WHOLE, False, DEPTH,
+        )  # fmt: skip
     mask = (o < outside)[:, None] & (i < inside)[None, :]
     spot = o[:, None] * inside + i[None, :]
     if part < 0:
