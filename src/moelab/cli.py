@@ -378,9 +378,9 @@ def bench_layer(arguments: list[str]) -> None:
 
 def info(arguments: list[str]) -> None:
     """versions, devices, and each way to compute the experts: usable, or why not"""
+    from moelab.config import moelab_home
     from moelab.device import compute_dtype, environment, resolve_device
     from moelab.experts import backends
-    from moelab.text import moelab_home
 
     parse(NoFlags, "info", arguments)
     device = resolve_device("auto")

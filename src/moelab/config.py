@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,11 @@ class UsageError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that was set up rightly and failed. Its text is one line for the user; commands exit with status 1."""
+
+
+def moelab_home() -> Path:
+    """$MOELAB_HOME, or ~/.cache/moelab."""
+    return Path(os.environ.get("MOELAB_HOME") or Path.home() / ".cache" / "moelab")
 
 
 def require(condition: bool, setting: str, value: object, would_work: str) -> None:

@@ -31,6 +31,19 @@ def test_hidden_files_and_folders_are_no_text_of_a_folder(tmp_path: Path) -> Non
     assert names(open_corpus(DataConfig(data=f"text:{tmp_path}"))) == ["a.txt"]
 
 
+def test_what_moelab_writes_is_no_text_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_HOME", str(tmp_path / "home"))
+    run, comparison = tmp_path / "out-moe", tmp_path / "runs" / "compare-smoke"
+    for path in (
+        tmp_path / "a.txt", tmp_path / "config.json", tmp_path / "home/prepared/x/tokens.bin", run / "config.json",
+        run / "metrics.jsonl", run / "checkpoints/step-1/model.safetensors", comparison / "results.json",
+        comparison / "report.html", comparison / "figures/loss.svg",
+    ):  # fmt: skip
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("{}")
+    assert names(open_corpus(DataConfig(data=f"text:{tmp_path}"))) == ["a.txt", "config.json"]
+
+
 def test_a_folder_that_is_hidden_itself_can_be_named(tmp_path: Path) -> None:
     (tmp_path / ".notes").mkdir()
     (tmp_path / ".notes" / "a.txt").write_text("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -53,7 +54,18 @@ def test_blocks_laid_end_to_end_are_the_file(text: str, size: int) -> None:
         file.write(text.encode())
         file.flush()
         patch.setattr(module, "_BLOCK", size)
-        assert "".join(read_blocks(Path(file.name))) == text
+        assert "".join(read_blocks(Path(file.name))) == text.removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["without", "with a byte order mark"])
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_the_byte_that_is_not_utf8_is_counted_from_the_start_of_the_file(
+    mark: bytes, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", size)
+    (tmp_path / "a.txt").write_bytes(mark + "né ".encode() + b"\xff and on")
+    with pytest.raises(UsageError, match=f"byte {len(mark) + 4} is not UTF-8"):
+        list(read_blocks(tmp_path / "a.txt"))
 
 
 def test_jsonl_and_parquet_give_a_document_a_row(tmp_path: Path) -> None:

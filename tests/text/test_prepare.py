@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,17 @@ def test_a_half_written_preparation_is_never_used(tmp_path: Path, home: Path, mo
     assert not killed.exists()
 
 
+def test_what_was_left_half_written_goes_with_the_next_preparation_unless_it_is_being_written(
+    tmp_path: Path, home: Path
+) -> None:
+    left, written = (home / "prepared" / f".{name}.writing" for name in ("left", "written"))
+    left.mkdir(parents=True)
+    written.mkdir()
+    with FileLock(home / "prepared" / "written.lock"):
+        prepare(corpus(tmp_path / "x.txt", TEXTS))
+    assert (left.exists(), written.exists()) == (False, True)
+
+
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -170,6 +182,14 @@ def test_a_home_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         prepare(corpus(tmp_path / "x.txt", TEXTS), home=tmp_path / "file" / "home")
 
 
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r50k_base.tiktoken").write_text("")
+    monkeypatch.setenv("MOELAB_GPT2_RANKS", str(tmp_path))
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UsageError, match=r"r50k_base.tiktoken: cannot be read \(Permission denied\); make it readable"):
+        prepare(replace(corpus(tmp_path / "x.txt", TEXTS), tokenizer="gpt2"))
+
+
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_behind(tmp_path: Path, home: Path) -> None:
     code = (
         "import resource, signal\nfrom moelab.config import DataConfig, UsageError\nfrom moelab.text import prepare\n"
@@ -194,8 +214,8 @@ def test_what_is_prepared_can_be_used_where_nothing_can_be_written(
     assert prepare(data).fingerprint == before
 
 
-def refused(*_: object, **__: object) -> None:
-    raise PermissionError(13, "Permission denied")
+def refused(path: object, *_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied", path)
 
 
 def test_a_damaged_tokenizer_is_said_and_trained_again(

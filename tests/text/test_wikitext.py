@@ -308,7 +308,7 @@ class FakeHub:
         if not on_disk:
             request.send_response(302)
             request.send_header("Location", f"{self.address.replace('127.0.0.1', 'localhost')}/blobs/{name}")
-            request.send_header("X-Repo-Commit", REVISION)
+            request.send_header("X-Repo-Commit", "0" * 40 if fault == "another commit" else REVISION)
             request.send_header("X-Linked-Size", str(len(content)))
             request.send_header("X-Linked-ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             request.send_header("Content-Length", "0")
@@ -410,6 +410,7 @@ def test_a_dropped_connection_goes_on_where_it_stopped(hub: FakeHub, tmp_path: P
 
 FAULTS = {
     "404": "answers 404 for",
+    "another commit": f"answers with commit {'0' * 40}",
     "truncated": "could not be fetched from",
     "dropped always": "could not be fetched from",
     "wrong checksum": "fails its checksum and was deleted",

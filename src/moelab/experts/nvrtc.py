@@ -82,7 +82,7 @@ class Source:
         """`compile`, from disk where it was done before."""
         from cuda.bindings import nvrtc
 
-        from moelab.text import moelab_home
+        from moelab.config import moelab_home
 
         facts = (self.text(), self.definitions(arch), arch, nvrtc.nvrtcVersion()[1:], version("cuda-core"))
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from moelab.config import DataConfig, UsageError, require
+from moelab.config import DataConfig, UsageError, moelab_home, require
 from moelab.text.documents import Advance, Pieces, read_any, read_plain, unheard, without_empty_documents
 from moelab.text.splits import SPLITS, dealt
 from moelab.text.wikitext import NAMES, WikiText, open_wikitext
@@ -127,7 +127,7 @@ def _stdlib(source: Path | None) -> LocalFiles:
 
 
 def _text(path: Path, glob: str) -> LocalFiles:
-    """Hidden files, and those of hidden folders (`.git`, `.DS_Store`), are no part of a folder's text."""
+    """Hidden files, those of hidden folders (`.git`, `.DS_Store`), and what moelab wrote are no part of its text."""
     if path.is_file():
         files = [(path.name, path)]
     elif path.is_dir():
@@ -135,10 +135,22 @@ def _text(path: Path, glob: str) -> LocalFiles:
             found = [(p.relative_to(path), p) for p in path.glob(glob) if p.is_file()]
         except (ValueError, NotImplementedError, IndexError):
             raise UsageError(f"glob = {glob}: give a pattern relative to the folder, such as **/*.md") from None
-        hidden = [any(part.startswith(".") for part in relative.parts) for relative, _ in found]
-        files = sorted((r.as_posix(), p) for (r, p), hide in zip(found, hidden, strict=True) if not hide)
+        below = {folder for relative, _ in found for folder in relative.parents if folder.parts}
+        ours = {folder for folder in below if _is_ours(path / folder)}
+        files = sorted(
+            (relative.as_posix(), place)
+            for relative, place in found
+            if not any(part.startswith(".") for part in relative.parts) and ours.isdisjoint(relative.parents)
+        )
         if not files:
             raise UsageError(f"data = text:{path}: no file there matches --glob {glob!r}")
     else:
         raise UsageError(f"data = text:{path}: there is no such file or folder")
     return LocalFiles(f"text:{path}", str(path), tuple(files), read_any)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a run's, a comparison's, or MOELAB_HOME."""
+    pairs = (("config.json", "metrics.jsonl"), ("results.json", "report.html"))
+    written = any(all((folder / name).is_file() for name in pair) for pair in pairs)
+    return written or folder.resolve() == moelab_home().resolve()

@@ -42,22 +42,24 @@ def read_plain(path: Path, advance: Advance = unheard) -> Pieces:
 
 
 def read_blocks(path: Path, advance: Advance = unheard) -> Iterator[str]:
-    """A UTF-8 file in blocks, newlines as they are. Raises `UsageError` naming the byte that is not UTF-8."""
+    """A UTF-8 file in blocks, newlines as they are, without a byte order mark at its start.
+
+    Raises `UsageError` naming the byte that is not UTF-8.
+    """
     with path.open("rb") as file:
         yield from blocks_of(file, str(path), advance)
 
 
 def blocks_of(file: IO[bytes], name: str, advance: Advance = unheard) -> Iterator[str]:
     """The same of an open file; `name` is what an error calls it."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     done = 0
     while True:
         block = file.read(_BLOCK)
-        held = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as problem:
-            raise _not_utf8(name, done - held + problem.start) from None
+            raise _not_utf8(name, done + len(block) - len(problem.object) + problem.start) from None
         if text:
             yield text
         if not block:

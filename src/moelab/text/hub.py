@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from moelab.config import RunFailed
+from moelab.config import RunFailed, UsageError
 
 REPOSITORY = "Salesforce/wikitext"
 REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"  # the commit that turned the data set into parquet files
@@ -29,8 +29,9 @@ def fetch(names: Sequence[str], instead: str) -> list[Path]:
         instead: what a user without the hub can do, for the error message.
 
     Raises:
-        RunFailed: the hub cannot be reached, does not have a file, or sent another file than it says it has. Files
-            that were fetched before are kept, so that the next call goes on.
+        RunFailed: the hub cannot be reached, does not have a file, or sent another file than it says it has, or
+            another revision. Files that were fetched before are kept, so that the next call goes on.
+        UsageError: the hub's cache cannot be written.
     """
     return [_fetch(name, instead) for name in names]
 
@@ -55,11 +56,17 @@ def _fetch(name: str, instead: str) -> Path:
     try:
         with _quiet_retries():
             url = hf_hub_url(REPOSITORY, name, repo_type="dataset", revision=REVISION)
-            get_hf_file_metadata(url)  # fails at once where there is no network; a download tries for long
+            answered = get_hf_file_metadata(url)  # fails at once where there is no network; a download tries for long
+            if (commit := answered.commit_hash) not in (None, REVISION):
+                raise RunFailed(f"{constants.ENDPOINT} answers with commit {commit} for {name} of {where}; {instead}")
             path = Path(hf_hub_download(REPOSITORY, name, repo_type="dataset", revision=REVISION))
     except HfHubHTTPError as problem:
         status = problem.response.status_code
         raise RunFailed(f"{constants.ENDPOINT} answers {status} for {name} of {where}; {instead}") from None
+    except RunFailed:
+        raise
+    except PermissionError as problem:
+        raise UsageError(f"HF_HOME = {constants.HF_HOME}: {problem.filename} cannot be written; set another") from None
     except Exception as problem:  # what the hub's HTTP client raises is not the same from release to release
         said = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise RunFailed(

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from moelab.config import DataConfig, UsageError
+from moelab.config import DataConfig, UsageError, moelab_home
 from moelab.text.chunks import encoded
 from moelab.text.corpora import Corpus, open_corpus
 from moelab.text.documents import Advance, Pieces
@@ -72,11 +72,6 @@ class PreparedText:
     splits: dict[str, Split]
 
 
-def moelab_home() -> Path:
-    """$MOELAB_HOME, or ~/.cache/moelab."""
-    return Path(os.environ.get("MOELAB_HOME") or Path.home() / ".cache" / "moelab")
-
-
 def prepare(
     data: DataConfig,
     *,
@@ -117,6 +112,8 @@ def prepare(
             tokenizer = _tokenizer(data, corpus, home)
         folders = [_split_folder(corpus, split, tokenizer, home) for split in splits]
     except OSError as problem:
+        if problem.filename is not None and not Path(problem.filename).is_relative_to(home):
+            raise UsageError(f"{problem.filename}: cannot be read ({problem.strerror}); make it readable") from None
         raise UsageError(f"MOELAB_HOME = {home}: cannot be written ({problem.strerror}); set another") from None
     loaded = {split: _load(folder) for split, folder in zip(splits, folders, strict=True)}
     contents = {split: meta["content_sha256"] for split, (_, meta) in loaded.items()}
@@ -320,12 +317,23 @@ def _to_disk(file: BinaryIO) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
+    with FileLock(_lock_of(folder)):
         yield
 
 
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
 def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a new folder beside `folder` and renames it into its place. The caller holds the lock."""
+    """Fills a new folder beside `folder` and renames it into its place. The caller holds the lock.
+
+    What a killed process left half written of any folder here is deleted.
+    """
+    for left in folder.parent.glob(".*.writing"):
+        lock = _lock_of(folder.with_name(left.name[1 : -len(".writing")]))
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
     aside, old = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
