@@ -213,7 +213,9 @@ def test_compare_tunes_arms_made_by_override_and_reports_their_test_loss(
     assert len(stamps) == 4  # the chosen value's first run is the first seed's
     capsys.readouterr()
     assert moelab(*words) == 0
-    assert "scoring" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "scoring" not in shown
+    assert shown.count("its loss did not stay finite before") == 2  # what diverged is not trained again either
     assert {p: p.stat().st_mtime_ns for p in out.rglob("summary.json")} == stamps
 
 

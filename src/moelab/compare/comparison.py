@@ -23,6 +23,8 @@ from moelab.training import train
 from moelab.training.checkpoint import load
 from moelab.training.loop import Diverged, Interrupted, finished_summary, first_difference, stored_run, write_aside
 
+DIVERGED = "diverged.txt"  # in the folder of a sweep's run whose loss did not stay finite: it is not tried again
+
 
 def run_comparison(comparison: Comparison, folder: Path, command: str = "", console: Console | None = None) -> Path:
     """Trains what is missing of a comparison in `folder`, prints its table, and returns the path of its report.
@@ -96,12 +98,17 @@ def _tune(comparison: Comparison, folder: Path, command: str, console: Console) 
         prepare(comparison.data, splits=("train", "valid", "test"))  # refused now, and not after the sweep
     trials: dict[str, list[Trial]] = {}
     for number, (arm, point, plan) in enumerate(tried, start=1):
-        try:
-            _train(plan, folder, command, console, f"{plan.folder} ({number} of {len(tried)} runs of the sweep)")
-            loss = read_run(folder, plan.folder, plan.budget).loss
-        except Diverged as problem:
-            console.print(f"{plan.folder}: {problem}", highlight=False, soft_wrap=True)
-            loss = None
+        about, diverged = f"{plan.folder} ({number} of {len(tried)} runs of the sweep)", folder / plan.folder / DIVERGED
+        loss = None
+        if diverged.exists():
+            console.print(f"{about}: its loss did not stay finite before", highlight=False, soft_wrap=True)
+        else:
+            try:
+                _train(plan, folder, command, console, about)
+                loss = read_run(folder, plan.folder, plan.budget).loss
+            except Diverged as problem:
+                console.print(f"{plan.folder}: {problem}", highlight=False, soft_wrap=True)
+                write_aside(diverged, f"{problem}\n")
         trials.setdefault(arm, []).append(Trial(arm, point, plan.folder, loss))
     return trials
 
