@@ -75,7 +75,7 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
     if precision == "fp16" and device.type != "cuda":
         raise UsageError(f"precision = fp16: needs a CUDA device, and this run is on {device.type}; give bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -84,7 +84,8 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 in hardware, as far as PyTorch says."""
     ask = getattr(torch.cpu, "get_capabilities", None)  # absent before PyTorch 2.12
     capabilities = ask() if ask else {}
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))

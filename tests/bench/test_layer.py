@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moelab.bench import LayerBench, bench_layer
 from moelab.bench.layer import Layer, _laid_down
+from moelab.bench.peers import PEERS
 from moelab.bench.report import print_layer
 from moelab.cli import main
 from moelab.config import ModelConfig, MoEConfig, UsageError
@@ -26,7 +27,7 @@ SMALL = LayerBench(widths=(16, 24), tokens=40, experts=4, multiple=2, rounds=2, 
 def test_every_usable_backend_and_the_twin_have_a_time_at_every_width() -> None:
     results = bench_layer(SMALL)
     assert [(row["width"], row["backend"]) for row in results["rows"]] == [
-        (width, name) for width in (16, 24) for name in ("dense twin", *mlp.BACKENDS)
+        (width, name) for width in (16, 24) for name in ("dense twin", *mlp.BACKENDS, *PEERS)
     ]
     timed = [row for row in results["rows"] if row["backend"] in ("dense twin", *USABLE)]
     assert all("wall_ms" in row or row["reason"] for row in results["rows"])
@@ -116,7 +117,7 @@ def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -
 
 
 def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    results = bench_layer(replace(SMALL, widths=(16,)))
+    results = bench_layer(replace(SMALL, backends=("grouped_mm",)))
     results["rows"][1] |= {
         "wall_ms": 1234.5,
         "busy_ms": 123.45,
@@ -125,12 +126,15 @@ def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.Captur
         "kept_mib": 9999.0,
         "backend": max(mlp.BACKENDS, key=len),
     }
-    results["rows"][2:] = [{"width": 16, "backend": "triton", "reason": "no GPU"}]
+    results["rows"] += [
+        {"width": width, "backend": name, "reason": "no GPU"} for width in (16, 24) for name in ("triton", "cuda")
+    ] + [{"width": 16, "backend": "reference", "reason": "too wide"}]
     print_layer(results, Console(width=80))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
-    assert "D = 16, triton: no time: no GPU" in out
+    assert "triton, cuda: no time: no GPU" in out
+    assert "D = 16, reference: no time: too wide" in out
     assert "T = 40, E = 4, K = 2, F = 2·D" in out
 
 
@@ -138,7 +142,7 @@ def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pyte
     words = "bench layer --widths 16 --tokens 20 --rounds 1 --steps 1 --device cpu --precision fp32".split()
     assert main([*words, "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]) == 0
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [row["backend"] for row in rows] == ["dense twin", *mlp.BACKENDS]
+    assert [row["backend"] for row in rows] == ["dense twin", *mlp.BACKENDS, *PEERS]
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert "dense twin" in capsys.readouterr().out
     assert main([*words, "--json", str(tmp_path / "no" / "a.json")]) == 2

@@ -64,13 +64,12 @@ def test_a_backend_is_tried_within_what_it_takes() -> None:
 
 
 def test_auto_passes_over_a_backend_that_is_wrong_and_asking_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = changed(lambda y: 2 * y)
-    monkeypatch.setattr(mlp, "BACKENDS", {"broken": broken, **mlp.BACKENDS})
-    with pytest.raises(UsageError, match="backend = broken: a trial call in float32 gave a wrong output"):
-        check_backend("broken", CPU, torch.float32, "relu2", bias=False)
+    monkeypatch.setitem(mlp.BACKENDS, "grouped_mm", changed(lambda y: 2 * y))
+    with pytest.raises(UsageError, match="backend = grouped_mm: a trial call in float32 gave a wrong output"):
+        check_backend("grouped_mm", CPU, torch.float32, "relu2", bias=False)
     x, w = torch.ones(3, 4), torch.ones(1, 4, 4)
     y = expert_mlp(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), w, w, activation="relu2")
-    assert torch.equal(y, torch.full((3, 4), 64.0))  # (1·4)² times 4, which `broken` doubles
+    assert torch.equal(y, torch.full((3, 4), 64.0))  # (1·4)² times 4, which the wrong one doubles
 
 
 def test_trying_a_backend_leaves_the_random_state_and_the_gradient_mode_alone() -> None:

@@ -1,4 +1,5 @@
-"""One MoE feed-forward, router included, forward and backward: every usable backend beside the dense twin.
+"""One MoE feed-forward, router included, forward and backward: every usable backend, and others' layers (`peers`),
+beside the dense twin.
 
 The dense twin is a feed-forward of hidden size K·F: the same active FLOPs without routing. All are timed in one run,
 in turns, so that what disturbs the device disturbs them alike; a backend is timed when its output and gradients on the
@@ -7,20 +8,23 @@ very inputs that are timed agree with float64.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from moelab.bench.clock import busy_ms, captured, peak_and_kept_mib, wall_ms
+from moelab.bench.peers import PEERS, peer_mlp
 from moelab.config import Activation, ModelConfig, MoEConfig, Precision, UsageError, require
-from moelab.device import compute_dtype, environment, resolve_device
-from moelab.experts import backends
-from moelab.experts.mlp import expert_mlp
+from moelab.device import compute_dtype, environment, keep_freed_memory, resolve_device
+from moelab.experts.choice import device_class
+from moelab.experts.mlp import BACKENDS, availability, expert_mlp
 from moelab.model.feed_forward import FeedForward
 from moelab.model.moe import Experts
 from moelab.model.router import Router
@@ -54,7 +58,7 @@ class LayerBench:
     precision: Precision = "auto"
     """Arithmetic of the products."""
     backends: tuple[str, ...] = ()
-    """Backends to time; every usable one when none is named."""
+    """Backends to time, and of other packages scattermoe and sonicmoe; all that are usable here when none is named."""
     rounds: int = 7
     """Rounds of each; the median is reported."""
     steps: int = 8
@@ -86,11 +90,13 @@ def _skew(routing: str) -> float | None:
 
 
 class Layer(nn.Module):
-    """Router and experts with one backend, and routing that may be laid down."""
+    """Router and experts with one backend or peer, and routing that may be laid down."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, backend: str, indices_TK: torch.Tensor | None) -> None:
         super().__init__()
-        self.activation, self.backend, self.indices_TK = config.activation, backend, indices_TK
+        self.activation, self.indices_TK = config.activation, indices_TK
+        peer = PEERS.get(backend)
+        self.compute = functools.partial(expert_mlp, backend=backend) if peer is None else peer_mlp(peer)
         self.router, self.experts = Router(config.width, moe), Experts(config, moe.experts)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -100,10 +106,9 @@ class Layer(nn.Module):
         if self.indices_TK is not None:  # the router's work is done all the same
             indices_TK = self.indices_TK
             weights_TK = torch.softmax(logits_TE.gather(1, indices_TK), dim=-1)
-        y: torch.Tensor = expert_mlp(
-            x_TD, weights_TK, indices_TK, e.w_in, e.w_out, e.b_in, e.b_out,
-            activation=self.activation, backend=self.backend,
-        )  # fmt: skip
+        y: torch.Tensor = self.compute(
+            x_TD, weights_TK, indices_TK, e.w_in, e.w_out, e.b_in, e.b_out, activation=self.activation
+        )
         return y
 
 
@@ -111,32 +116,46 @@ def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: Non
     """Times the layer; returns what was measured and on what.
 
     Returns:
-        {"environment", "settings", "tokens", "rows": [{"width", "backend", "error" (worst relative error against
-        float64) or "reason" (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms",
-        "tflops", "peak_mib", "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device cannot
-        measure is None.
+        {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings", "tokens",
+        "rows": [{"width", "backend", "error" (worst relative error against float64) or "reason" (why there is no time),
+        "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "tflops", "peak_mib", "kept_mib", "ratio"
+        (busy over the twin's; wall on a CPU)}]}; what a device cannot measure is None.
 
     Raises:
         UsageError: a device, precision or backend that is not there.
     """
     device = resolve_device(settings.device)
     dtype = compute_dtype(settings.precision, device)
-    known = backends()
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
+    ours = {name: availability(name, device) for name in BACKENDS}
+    obstacles = {name: None if found.usable else found.reason for name, found in ours.items()}
+    obstacles |= {name: peer.obstacle() for name, peer in PEERS.items()}
     for name in settings.backends:
-        require(name in known, "backends", name, f"give some of {', '.join(known)}")
+        require(name in obstacles, "backends", name, f"give some of {', '.join(obstacles)}")
+    if settings.backends:
+        obstacles = {name: reason for name, reason in obstacles.items() if name in settings.backends}
     tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
     rows = []
     for width in settings.widths:
         say(f"D = {width}")
-        rows += _width(settings, width, tokens, device, dtype)
+        rows += _width(settings, width, tokens, device, dtype, obstacles)
     return {
-        "environment": environment(device, dtype), "settings": asdict(settings), "tokens": tokens, "rows": rows,
-    }  # fmt: skip
+        "environment": environment(device, dtype),
+        "devices": device_class(device),
+        "peers": {name: peer.version() for name, peer in PEERS.items() if obstacles.get(name, "") is None},
+        "date": datetime.now(UTC).date().isoformat(),
+        "settings": asdict(settings),
+        "tokens": tokens,
+        "rows": rows,
+    }
 
 
 def _width(
-    settings: LayerBench, width: int, tokens: int, device: torch.device, dtype: torch.dtype
-) -> list[dict[str, Any]]:
+    settings: LayerBench, width: int, tokens: int, device: torch.device, dtype: torch.dtype,
+    obstacles: dict[str, str | None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one width; `obstacles` has what may be timed, and why it cannot."""
     hidden = max(1, round(settings.multiple * width))
     moe = MoEConfig(settings.experts, settings.top_k, expert_hidden=hidden)
     config = ModelConfig(1, 1, width, 1, activation=settings.activation, bias=settings.bias, moe=moe)
@@ -152,23 +171,28 @@ def _width(
     rows: list[dict[str, Any]] = []
     right = Layer(config, moe, "reference", indices)
     expected, chosen = _results(_drawn(right, device).double(), x.double(), upstream.double())
-    for name, availability in backends().items():
-        if settings.backends and name not in settings.backends:
-            continue
+    for name, obstacle in obstacles.items():
         row: dict[str, Any] = {"width": width, "backend": name}
         rows.append(row)
-        if not availability.usable:
-            row["reason"] = availability.reason
+        if obstacle is not None:
+            row["reason"] = obstacle
             continue
-        layer = _drawn(Layer(config, moe, name, indices), device)
-        layer.indices_TK = chosen  # the same routing, where rounding would tip a token to another expert
         try:
+            layer = _drawn(Layer(config, moe, name, indices), device)
+            order = _rows_in_order(layer, name, hidden)
+            layer.indices_TK = chosen  # the same routing, where rounding would tip a token to another expert
             found, _ = _results(layer, x, upstream)
         except UsageError as refused:  # a dtype, biases or a size that this backend does not take
             row["reason"] = str(refused)
             continue
+        except Exception as problem:  # of a kernel on a device that it does not know, or of another's package
+            row["reason"] = f"failed ({(str(problem).strip() or type(problem).__name__).splitlines()[0]})"
+            continue
         layer.indices_TK = indices
-        row["error"] = max(((found[n].double() - t).norm() / t.norm()).item() for n, t in expected.items())
+        right_rows = {n: expected[n] if order is None else expected[n][:, order] for n in GATED if n in expected}
+        row["error"] = max(
+            ((found[n].double() - t).norm() / t.norm()).item() for n, t in (expected | right_rows).items()
+        )
         if not row["error"] <= TOLERANCE[dtype]:
             row["reason"] = f"wrong by {row['error']:.2g} relative to float64, more than {TOLERANCE[dtype]:g}"
             continue
@@ -202,6 +226,20 @@ def _drawn(layer: Drawn, device: torch.device) -> Drawn:
         for _, parameter in sorted(layer.named_parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return layer.to(device)
+
+
+GATED = ("experts.w_in", "experts.b_in")  # parameters with the gate's rows and the value's
+
+
+def _rows_in_order(layer: Layer, name: str, hidden: int) -> torch.Tensor | None:
+    """Puts the rows of a gated layer's parameters into a peer's order, and returns it; None where it is ours."""
+    if name not in PEERS or layer.activation != "swiglu":
+        return None
+    order = PEERS[name].gated_rows(hidden)
+    with torch.no_grad():
+        for parameter in (p for n, p in layer.named_parameters() if n in GATED):
+            parameter.copy_(parameter[:, order.to(parameter.device)].clone())
+    return order
 
 
 def _results(layer: Layer, x: torch.Tensor, upstream: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -38,12 +38,18 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
         shown = row["width"]
     console.print(table)
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], tuple[int, ...]] = {}
     for row in results["rows"]:
         if "reason" in row:
-            reasons.setdefault((row["backend"], row["reason"]), []).append(str(row["width"]))
+            case = row["backend"], row["reason"]
+            reasons[case] = (*reasons.get(case, ()), row["width"])
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (name, reason), widths in reasons.items():
-        console.print(f"D = {', '.join(widths)}, {name}: no time: {reason}", highlight=False, soft_wrap=True)
+        alike.setdefault((reason, widths), []).append(name)
+    every = len({row["width"] for row in results["rows"]})
+    for (reason, widths), names in alike.items():
+        where = "" if len(widths) == every else f"D = {', '.join(map(str, widths))}, "
+        console.print(f"{where}{', '.join(names)}: no time: {reason}", highlight=False, soft_wrap=True)
     settings, environment = results["settings"], results["environment"]
     console.print(
         f"T = {results['tokens']:,}, E = {settings['experts']}, K = {settings['top_k']}, "

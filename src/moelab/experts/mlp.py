@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
+import operator
 import typing
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from moelab.config import Activation, UsageError
-from moelab.experts import cuda, grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
+from moelab.config import Activation, ModelConfig, UsageError
+from moelab.experts import choice, cuda, grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
 from moelab.experts.activation import inner_size
+from moelab.experts.choice import Choice, Shape
 
 # A backend is a module with `expert_mlp`, with `unusable` that says why it cannot be used on a device, and, where there
-# are calls that it does not take, with `refuses` that says why not. The order is that of `auto`, which never comes past
-# `reference`. Forward and backward of one layer, D = 128, F = 512, K = 2, biases; CPU milliseconds on one thread of an
-# EPYC with AVX512-BF16, PyTorch 2.13:
-#                         T = 2,048, E = 8    T = 8,192, E = 8    T = 2,048, E = 64
-#     grouped_mm  fp32          49                 226                   61
-#     reference   fp32          49                 208                  467
-#     grouped_mm  bf16          18                  64                   36
-#     reference   bf16          21                  72                  170
+# are calls that it does not take, with `refuses` that says why not. Which of them is `auto`, `choice` says.
 BACKENDS: dict[str, ModuleType] = {
     "grouped_mm": grouped_mm,
     "reference": reference,
@@ -32,12 +28,16 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
+log = logging.getLogger("moelab")
+
+
 @dataclass(frozen=True)
 class Availability:
     """Whether a backend can be used here, and the device it was tried on or what stands in the way."""
 
     usable: bool
     reason: str
+    """In one line; after a semicolon what would mend it, commands joined by &&."""
 
 
 def expert_mlp(
@@ -69,7 +69,8 @@ def expert_mlp(
         b_in: (E, F) or (E, 2F), or None.
         b_out: (E, D), or None.
         activation: "gelu" (erf), "gelu_tanh", "relu2", "silu" or "swiglu".
-        backend: a name from `backends()`, or "auto" for the fastest usable one.
+        backend: a name from `backends()`, or "auto" for the usable one that was measured fastest for such shapes on
+            such a device (`choice`); which it is goes to the logger "moelab" once.
 
     Returns:
         (T, D), of x's dtype.
@@ -81,7 +82,10 @@ def expert_mlp(
     """
     _check(x, weights, indices, w_in, w_out, b_in, b_out, activation)
     bias = b_in is not None or b_out is not None
-    module = BACKENDS[_chosen(backend, x.device, x.dtype, activation, bias)]
+    experts, width, hidden = w_out.shape
+    # Numbers, and not symbols where the compiler has made a size dynamic.
+    sizes = map(operator.index, (width, hidden, experts, indices.shape[1]))
+    module = BACKENDS[_chosen(backend, x.device, x.dtype, activation, bias, *sizes)]
     wide = torch.promote_types(x.dtype, torch.float32)
     cast = [None if p is None else p.to(x.dtype) for p in (w_in, w_out, b_in, b_out)]
     y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, *cast, activation)
@@ -94,7 +98,6 @@ def backends() -> dict[str, Availability]:
     return {name: availability(name, device) for name in BACKENDS}
 
 
-@functools.cache
 def availability(name: str, device: torch.device) -> Availability:
     """Whether the backend `name` can be used on a device and gives right answers there.
 
@@ -102,7 +105,11 @@ def availability(name: str, device: torch.device) -> Availability:
     """
     if name not in BACKENDS:
         raise UsageError(f"backend = {name}: give one of auto, {', '.join(BACKENDS)}")
-    module = BACKENDS[name]
+    return _tried(BACKENDS[name], device)
+
+
+@functools.cache
+def _tried(module: ModuleType, device: torch.device) -> Availability:
     reason = module.unusable(device)
     if reason is None:
         wrong = self_check.failure(module, device)
@@ -130,11 +137,48 @@ def check_backend(
             raise UsageError(reason)
 
 
-def _chosen(name: str, device: torch.device, dtype: torch.dtype, activation: Activation, bias: bool) -> str:
-    check_backend(name, device, dtype, activation, bias, torch.are_deterministic_algorithms_enabled())
-    if name == "auto":
-        return next(known for known in BACKENDS if availability(known, device).usable)
-    return name
+def choose_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: Activation,
+    bias: bool,
+    shape: Shape,
+    deterministic: bool = False,
+) -> Choice:
+    """The backend that computes such experts on a device: `name`, or for "auto" the first of `choice.order` that can.
+
+    Raises `UsageError` where `check_backend` does.
+    """
+    check_backend(name, device, dtype, activation, bias, deterministic)
+    if name != "auto":
+        return Choice(name, None)
+    order = choice.order(choice.device_class(device), dtype, shape)
+    passed = []
+    for known in order.backends:
+        refused = self_check.refusal(BACKENDS[known], dtype, activation, bias, deterministic)
+        if refused is None and availability(known, device).usable:
+            break
+        passed.append(known)
+    over = f"; passed over, see moelab info: {', '.join(passed)}" if passed else ""
+    return Choice(known, f"backend = auto: {known}, {order.basis}{over}")
+
+
+def backend_of(model: ModelConfig, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Choice:
+    """The backend that computes the experts of a model; raises `UsageError` where it cannot."""
+    moe = model.moe
+    assert moe is not None
+    shape = Shape(model.width, model.expert_hidden_size, moe.experts, moe.top_k)
+    return choose_backend(moe.backend, device, dtype, model.activation, model.bias, shape, deterministic)
+
+
+def _chosen(
+    name: str, device: torch.device, dtype: torch.dtype, activation: Activation, bias: bool, *sizes: int
+) -> str:  # fmt: skip
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    chosen = choose_backend(name, device, dtype, activation, bias, Shape(*sizes), deterministic)
+    choice.announce(chosen, log.info)
+    return chosen.backend
 
 
 # A backend is tried outside the graph. This is all that torch.compiler.assume_constant_result does, which imports

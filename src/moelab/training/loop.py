@@ -37,7 +37,8 @@ from moelab.device import (
 )
 from moelab.evaluation import Score, routing, score
 from moelab.evaluation.token_types import token_types
-from moelab.experts import check_backend
+from moelab.experts import backend_of
+from moelab.experts.choice import announce
 from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
 from moelab.model.router import expert_load
@@ -80,9 +81,7 @@ def train(
     console = console or Console(stderr=True)
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
-    if run.model.moe is not None:
-        model, deterministic = run.model, run.training.deterministic
-        check_backend(run.model.moe.backend, device, dtype, model.activation, model.bias, deterministic)
+    chosen = backend_of(run.model, device, dtype, run.training.deterministic) if run.model.moe is not None else None
     _claim(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
@@ -93,6 +92,8 @@ def train(
         if summary := finished_summary(folder):
             console.print(f"{folder}: this run is finished; nothing to do", soft_wrap=True)
             return summary
+    if chosen is not None:
+        announce(chosen, lambda line: console.print(line, soft_wrap=True, highlight=False))
     trainer = Trainer(run, folder, text, device, dtype, console)
     with _determinism(run.training.deterministic):
         trainer.set_up(resume)
@@ -306,6 +307,8 @@ class Trainer:
             starts = [line["started_from"] for line in self._stored_metrics() if "started_from" in line]
             summary["started_from"] = starts[0] if starts else None
         if model.moe is not None:
+            deterministic = self.config.training.deterministic
+            summary["backend"] = backend_of(model, self.device, self.dtype, deterministic).backend
             summary["token_types"] = token_types(self.model, self.text.splits["valid"], self.text.tokenizer)
         write_aside(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary

@@ -1,0 +1,125 @@
+"""Which backend `auto` is: the fastest measured for such experts on such a device, of those that work here.
+
+`measured.json` has the times, made by `benchmarks/choose.py` from what `moelab bench layer --json` wrote. The nearest
+measured shape decides; where nothing was measured the order is `ORDER`. The number of tokens has no say, so that
+training, evaluation and sampling of one model use one backend, and a compiled graph does not depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from moelab.device import cpu_has_bf16
+
+# Of `auto` where nothing was measured. `reference` stays last wherever it stands in the times: it breaks a compiled
+# graph, as megablocks does, which is not here at all.
+ORDER = ("grouped_mm", "triton", "cuda", "reference")
+TABLE = Path(__file__).with_name("measured.json")
+
+
+class Shape(NamedTuple):
+    """Sizes of experts that decide which backend is fastest."""
+
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"D = {self.width:,}, F = {self.hidden:,}, E = {self.experts}, K = {self.top_k}"
+
+
+class Order(NamedTuple):
+    """What `auto` tries, in turn."""
+
+    backends: tuple[str, ...]
+    basis: str
+    """Where the order comes from, in words."""
+
+
+class Choice(NamedTuple):
+    """The backend that computes the experts."""
+
+    backend: str
+    why: str | None
+    """For `auto`, a line that says so; None where the backend was named."""
+
+
+@functools.cache
+def device_class(device: torch.device) -> str:
+    """The devices that measurements are shared among."""
+    if device.type == "cuda":
+        if torch.version.hip:
+            return torch.cuda.get_device_name(device)
+        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type == "cpu":
+        return f"CPUs {'with' if cpu_has_bf16() else 'without'} bf16 units"
+    return device.type
+
+
+@functools.cache
+def order(devices: str, dtype: torch.dtype, shape: Shape) -> Order:
+    """What `auto` tries for experts of a shape on a class of devices, fastest first."""
+    precision = str(dtype).removeprefix("torch.")
+    times = measured_times(devices).get(precision)
+    if not times:
+        return Order(ORDER, f"{precision} was not measured on {devices}")
+    nearest = min(times, key=lambda known: _distance(known, shape))
+    fastest = sorted((name for name in times[nearest] if name in ORDER[:-1]), key=times[nearest].__getitem__)
+    names = (*fastest, *(name for name in ORDER if name not in fastest))
+    beside = "" if nearest == shape else ", the nearest measured"
+    return Order(names, f"by {precision} times on {devices} at {nearest}{beside}")
+
+
+def in_words(device: torch.device) -> str:
+    """What `auto` goes by on a device."""
+    devices = device_class(device)
+    if measured_times(devices):
+        return f"the fastest measured on {devices}"
+    return f"first usable of {', '.join(ORDER)}"
+
+
+def _distance(one: Shape, other: Shape) -> float:
+    """How many times sizes are doubled or halved between two shapes."""
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(one, other, strict=True))
+
+
+@functools.cache
+def measured_times(devices: str) -> dict[str, dict[Shape, dict[str, float]]]:
+    """Precision → shape → backend → time over the fastest's, the geometric mean over the numbers of tokens."""
+    ratios: dict[str, dict[Shape, dict[str, list[float]]]] = {}
+    for precision, _, *sizes, times in table().get(devices, {}).get("rows", []):
+        for name, ms in times.items():
+            found = ratios.setdefault(precision, {}).setdefault(Shape(*sizes), {})
+            found.setdefault(name, []).append(ms / min(times.values()))
+    return {
+        precision: {
+            shape: {name: math.prod(r) ** (1 / len(r)) for name, r in backends.items()}
+            for shape, backends in shapes.items()
+        }
+        for precision, shapes in ratios.items()
+    }
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """Class of devices → {"device", versions, "date", "command", "rows"}; a row is [precision, T, D, F, E, K, ms]."""
+    loaded: dict[str, Any] = json.loads(TABLE.read_text())
+    return loaded
+
+
+_said: set[str] = set()
+
+
+def announce(choice: Choice, say: Callable[[str], object]) -> None:
+    """Says why `auto` is what it is; a line is said once in a process."""
+    if choice.why is not None and choice.why not in _said:
+        _said.add(choice.why)
+        say(choice.why)

@@ -1,0 +1,231 @@
+"""What `auto` is: the fastest measured of those that work here; said once, and the same for a whole run."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from moelab.config import MoEConfig, RunConfig
+from moelab.experts import backend_of, choice, expert_mlp, mlp, reference
+from moelab.experts.choice import ORDER, Shape
+from moelab.training import train
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+SMALL, LARGE = Shape(64, 256, 8, 2), Shape(1024, 4096, 8, 2)
+
+# Times of a GPU that is nowhere: cuda leads at small D, triton at large D, over both numbers of tokens together.
+TIMES: dict[str, Any] = {
+    "compute capability 99.0": {
+        "device": "a GPU",
+        "rows": [
+            ["bfloat16", 1024, *SMALL, {"grouped_mm": 4.0, "cuda": 2.0, "triton": 1.5, "reference": 1.0}],
+            ["bfloat16", 32768, *SMALL, {"grouped_mm": 40.0, "cuda": 10.0, "triton": 20.0, "reference": 90.0}],
+            ["bfloat16", 32768, *LARGE, {"grouped_mm": 2.0, "triton": 1.0, "megablocks": 0.5}],
+        ],
+    }
+}
+
+
+def forget() -> None:
+    choice._said.clear()
+    for cached in (choice.table, choice.measured_times, choice.order):
+        cached.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Nothing cached of a table that is not the committed one, and nothing said yet."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`TIMES` for the table; the class of devices that they are of."""
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(TIMES))
+    monkeypatch.setattr(choice, "TABLE", file)
+    return next(iter(TIMES))
+
+
+def test_the_fastest_at_the_nearest_shape_comes_first_and_the_reference_last(times: str) -> None:
+    small = choice.order(times, torch.bfloat16, SMALL)
+    assert small.backends == ("cuda", "triton", "grouped_mm", "reference")  # √(2 · 1), √(1.5 · 2), √(4 · 4)
+    large = choice.order(times, torch.bfloat16, Shape(768, 3072, 16, 2))
+    assert large.backends == ("triton", "grouped_mm", "cuda", "reference")
+    assert large.basis == f"by bfloat16 times on {times} at {LARGE}, the nearest measured"
+    assert "nearest" not in small.basis
+
+
+def test_what_was_not_measured_has_the_stated_order_and_says_so(times: str) -> None:
+    for devices, dtype in (("compute capability 1.0", torch.bfloat16), (times, torch.float16)):
+        found = choice.order(devices, dtype, SMALL)
+        assert found.backends == ORDER
+        assert found.basis == f"{str(dtype).removeprefix('torch.')} was not measured on {devices}"
+
+
+def test_every_backend_of_the_order_is_one_that_auto_may_pick() -> None:
+    assert set(ORDER) < set(mlp.BACKENDS)
+    assert ORDER[-1] == "reference"
+
+
+def test_the_committed_table_has_what_it_was_measured_on() -> None:
+    for entry in choice.table().values():
+        assert {"device", "moelab", "torch", "date", "rows"} <= entry.keys()
+        for precision, tokens, *sizes, ms in entry["rows"]:
+            assert hasattr(torch, precision)
+            assert len(sizes) == 4
+            assert all(isinstance(size, int) and size > 0 for size in (tokens, *sizes))
+            assert set(ms) <= set(ORDER)
+            assert all(time > 0 for time in ms.values())
+
+
+def plain(refuse: str | None = None) -> ModuleType:
+    made = ModuleType("plain")
+    made.unusable = lambda device: None  # type: ignore[attr-defined]
+    made.expert_mlp = reference.expert_mlp  # type: ignore[attr-defined]
+    made.refuses = lambda dtype, activation, bias, deterministic: refuse if bias else None  # type: ignore[attr-defined]
+    return made
+
+
+def test_a_backend_that_refuses_the_call_or_is_wrong_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = plain()
+    wrong.expert_mlp = lambda *inputs: -reference.expert_mlp(*inputs)  # type: ignore[attr-defined]
+    for name, module in (("grouped_mm", plain("bias = True: no")), ("triton", wrong), ("cuda", plain())):
+        monkeypatch.setitem(mlp.BACKENDS, name, module)
+    with_bias = mlp.choose_backend("auto", CPU, torch.float32, "gelu", True, SMALL)
+    assert with_bias.backend == "cuda"
+    assert str(with_bias.why).endswith("; passed over, see moelab info: grouped_mm, triton")
+    assert mlp.choose_backend("auto", CPU, torch.float32, "gelu", False, SMALL).backend == "grouped_mm"
+
+
+def inputs(tokens: int = 6, width: int = 8, hidden: int = 16) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(tokens)
+    shapes = {"x": (tokens, width), "weights": (tokens, 2), "w_in": (4, hidden, width), "w_out": (4, width, hidden)}
+    drawn = {n: torch.randn(s, generator=g).requires_grad_() for n, s in shapes.items()}
+    return drawn | {"indices": torch.randint(0, 4, (tokens, 2), generator=g)}
+
+
+def test_a_bare_call_says_its_choice_to_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "moelab"):
+        for tokens in (6, 9, 6):
+            expert_mlp(**inputs(tokens))
+        expert_mlp(**inputs(), backend="reference")
+    assert [record.message.partition(",")[0] for record in caplog.records] == ["backend = auto: grouped_mm"]
+
+
+def test_a_call_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    expert_mlp(**inputs())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_says_it_on_the_console_and_the_summary_has_who_computed_the_experts(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    said = io.StringIO()
+    for place in ("first", "second"):
+        console = Console(file=said, width=80)
+        summary = train(tiny_run("moe"), tmp_path / place, console=console)
+        assert summary["backend"] == "grouped_mm"
+    assert said.getvalue().count("backend = auto: grouped_mm, ") == 1
+    named = train(tiny_run("moe", moe=MoEConfig(4, 2, backend="reference")), tmp_path / "named")
+    assert named["backend"] == "reference"
+    assert "backend" not in train(tiny_run("dense"), tmp_path / "dense")
+
+
+def test_what_a_run_is_told_is_what_its_layers_use(
+    tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own call, with its dtype and shape, comes to the choice that the run announces."""
+    from moelab.model import GPT
+
+    run = tiny_run("moe")
+    config = replace(run.model, vocabulary=64)
+    used: list[tuple[str, Shape]] = []
+    chosen = mlp.choose_backend
+
+    def seen(*call: Any) -> choice.Choice:
+        found = chosen(*call)
+        used.append((found.backend, call[5]))
+        return found
+
+    monkeypatch.setattr(mlp, "choose_backend", seen)
+    announced = backend_of(config, CPU, torch.bfloat16)
+    GPT(config, dtype=torch.bfloat16, seed=0)(torch.zeros(2, 8, dtype=torch.int64))
+    assert set(used) == {(announced.backend, Shape(32, 128, 4, 2))}
+    assert len(used) == 1 + config.layers
+
+
+def test_auto_traces_into_one_graph_whatever_sizes_the_compiler_makes_dynamic() -> None:
+    traced = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
+    for sizes in ((5, 8, 16), (7, 8, 24), (9, 12, 40)):
+        call = inputs(*sizes)
+        y = traced(**call)
+        y.sum().backward()
+        assert torch.equal(y, expert_mlp(**call))
+
+
+def made_table(*files: Path, table: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "choose.py"), *map(str, files), "--table", str(table)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_makes_a_table_of_the_benchs_files_and_keeps_other_devices(tmp_path: Path, times: str) -> None:
+    from moelab.bench import LayerBench, bench_layer
+
+    settings = LayerBench(
+        widths=(16, 8), tokens=20, experts=4, rounds=1, steps=1, precision="fp32", device="cpu",
+        backends=("grouped_mm", "reference", "triton"),
+    )  # fmt: skip
+    results = bench_layer(settings)
+    (tmp_path / "one.json").write_text(json.dumps(results))
+    (tmp_path / "two.json").write_text(json.dumps(results | {"tokens": 40, "date": "2999-01-01"}))
+    done = made_table(tmp_path / "one.json", tmp_path / "two.json", table=choice.TABLE)
+    assert done.returncode == 0, done.stderr
+    table = json.loads(choice.TABLE.read_text())
+    assert table[times] == TIMES[times]
+    made = table[choice.device_class(CPU)]
+    assert made["date"] == "2999-01-01"
+    assert made["torch"] == torch.__version__
+    assert [row[:-1] for row in made["rows"]] == [
+        ["float32", tokens, width, 4 * width, 4, 2] for width in (8, 16) for tokens in (20, 40)
+    ]
+    fastest = {
+        row["width"]: row["backend"]
+        for row in sorted(results["rows"], key=lambda row: -row.get("wall_ms", 0))
+        if row["backend"] in ORDER and "wall_ms" in row
+    }
+    assert [next(iter(row[-1])) for row in made["rows"][::2]] == [fastest[8], fastest[16]]
+    assert "float32 T = 20 D = 8 F = 32 E = 4 K = 2: " in done.stdout
+
+
+def test_the_script_refuses_to_mix_machines(tmp_path: Path) -> None:
+    results = {
+        "environment": {"precision": "float32", "device": "one", "torch": "2"}, "devices": "some", "date": "2026-01-01",
+        "settings": {
+            "multiple": 4, "experts": 4, "top_k": 2, "activation": "gelu", "bias": False, "routing": "router",
+            "rounds": 1, "steps": 1,
+        },
+        "tokens": 20, "rows": [],
+    }  # fmt: skip
+    other = results | {"environment": results["environment"] | {"device": "two"}}  # type: ignore[operator]
+    (tmp_path / "one.json").write_text(json.dumps(results))
+    (tmp_path / "two.json").write_text(json.dumps(other))
+    done = made_table(tmp_path / "one.json", tmp_path / "two.json", table=tmp_path / "t.json")
+    assert done.returncode == 2
+    assert "two.json: device = two: other files have one" in done.stderr
+    assert not (tmp_path / "t.json").exists()
