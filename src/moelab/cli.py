@@ -11,7 +11,9 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -380,15 +382,32 @@ def info(arguments: list[str]) -> None:
     """versions, devices, and each way to compute the experts: usable, or why not"""
     from moelab.config import moelab_home
     from moelab.device import compute_dtype, environment, resolve_device
-    from moelab.experts import backends
+    from moelab.experts import backends, choice
 
     parse(NoFlags, "info", arguments)
     device = resolve_device("auto")
-    for name, value in environment(device, compute_dtype("auto", device)).items():
+    facts = environment(device, compute_dtype("auto", device)) | {"prepared data": str(moelab_home())}
+    for name, value in facts.items():
         print(f"{name.replace('_', ' '):<27} {'unknown' if value is None else value}")
-    print(f"{'prepared data':<27} {moelab_home()}")
-    for name, availability in backends().items():
-        print(f"{'backend ' + name:<27} {'usable' if availability.usable else 'not usable'}: {availability.reason}")
+    alike: dict[str, list[str]] = {}
+    for name, found in backends().items():
+        if found.usable:
+            print(f"{'backend ' + name:<27} usable {found.reason}")
+        else:
+            alike.setdefault(found.reason, []).append(name)
+    print(f"{'backend auto':<27} {choice.in_words(device)}")
+    for reason, names in alike.items():
+        print(f"{'backend ' + ', '.join(names):<27} not usable")
+        for line in re.split("; | && ", reason):
+            print(_folded(line))
+
+
+def _folded(text: str) -> str:
+    """Indented, in lines no longer than the terminal's; a command goes on after a backslash."""
+    end = " \\" if text.startswith("pip ") else ""
+    width = shutil.get_terminal_size().columns - len("      ") - len(end)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return "    " + f"{end}\n      ".join(lines)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

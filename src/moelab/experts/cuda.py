@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from moelab.config import Activation, UsageError
-from moelab.experts import nvrtc, products
+from moelab.experts import nvrtc, products, requirements
 from moelab.experts.activation import inner_size
 
 DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32"}
@@ -36,12 +36,9 @@ WARPS = 8  # of a block in rows.cu
 
 def unusable(device: torch.device) -> str | None:
     """Why this backend cannot be used on a device; None if it can."""
-    if device.type != "cuda" or torch.version.hip:
-        return f"needs an NVIDIA GPU, and this is {'an AMD one' if device.type == 'cuda' else device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
-    return nvrtc.no_compiler() or nvrtc.old_driver()
+    if device.type == "cuda" and torch.version.hip:
+        return f"needs an NVIDIA GPU, and this is an AMD one; {requirements.NOTHING}"
+    return requirements.no_gpu(device) or nvrtc.no_compiler() or nvrtc.old_driver()
 
 
 def expert_mlp(

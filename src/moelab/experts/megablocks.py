@@ -11,11 +11,11 @@ layer as it is, with a break in the graph before and after.
 from __future__ import annotations
 
 import importlib
-import os
 
 import torch
 
 from moelab.config import Activation
+from moelab.experts import requirements
 from moelab.experts.megablocks_standins import installed
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -30,25 +30,19 @@ INSTALL = {
 
 def unusable(device: torch.device) -> str | None:
     """Why this backend cannot be used on a device, with the commands that would mend it; None if it can."""
-    reasons = []
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            reasons.append(f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}")
-    elif os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"needs a CUDA device, and this is {device.type}")
-    if not reasons and not installed("triton"):
-        reasons.append("Triton is not installed; it comes with CUDA builds of PyTorch")
+    reasons = [] if requirements.interpreted(device) else [requirements.no_gpu(device)]
+    if not any(reasons):
+        reasons.append(requirements.no_triton())
     if absent := [INSTALL[module] for module in INSTALL if not installed(module)]:
         names, commands = zip(*absent, strict=True)
         reasons.append(f"not installed: {' and '.join(names)}; {' && '.join(commands)}")
-    if not reasons:
+    if not any(reasons):
         try:
             importlib.import_module("moelab.experts.megablocks_layers")
         except Exception as problem:  # of another version, or of an extension built for another PyTorch
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             reasons.append(f"importing megablocks failed ({line})")
-    return "; ".join(reasons) or None
+    return "; ".join(filter(None, reasons)) or None
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:

@@ -22,7 +22,9 @@ from moelab.experts import products
 
 def installed(name: str) -> bool:
     """Whether a package can be found, without importing it."""
-    return name in sys.modules or importlib.util.find_spec(name) is not None
+    if name in sys.modules:
+        return sys.modules[name] is not None  # None stands for one that cannot be imported
+    return importlib.util.find_spec(name) is not None
 
 
 @contextlib.contextmanager

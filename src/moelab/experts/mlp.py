@@ -12,7 +12,17 @@ from types import ModuleType
 import torch
 
 from moelab.config import Activation, ModelConfig, UsageError
-from moelab.experts import choice, cuda, grouped_mm, megablocks, megablocks_capacity, reference, self_check, triton
+from moelab.experts import (
+    choice,
+    cuda,
+    grouped_mm,
+    megablocks,
+    megablocks_capacity,
+    reference,
+    requirements,
+    self_check,
+    triton,
+)
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Choice, Shape
 
@@ -114,7 +124,8 @@ def _tried(module: ModuleType, device: torch.device) -> Availability:
     if reason is None:
         wrong = self_check.failure(module, device)
         reason = wrong and f"{wrong} on {device.type} with PyTorch {torch.__version__}; use another backend or version"
-    return Availability(reason is None, reason or f"on {device.type}")
+    slow = requirements.interpreted(device) and module in (triton, megablocks, megablocks_capacity)
+    return Availability(reason is None, reason or f"on {device.type}{', interpreted: for tests' if slow else ''}")
 
 
 def check_backend(
