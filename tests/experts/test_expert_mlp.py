@@ -151,9 +151,11 @@ def test_outputs_and_gradients_are_the_definitions_in_the_widest_precision(backe
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "sizes", [(96, 100, 60, 8, 2), (40, 33, 50, 3, 3), (64, 16, 24, 64, 4), (1, 8, 8, 4, 1)], ids=str
+    "sizes",
+    [(96, 100, 60, 8, 2), (40, 33, 50, 3, 3), (64, 16, 24, 64, 4), (1, 8, 8, 4, 1), (20, 12, 600, 1, 1)],
+    ids=str,
 )
 def test_lower_precision_is_within_its_tolerance(
     backend: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int]
@@ -161,19 +163,20 @@ def test_lower_precision_is_within_its_tolerance(
     assert_equal_to_definition(problem(*sizes), backend, dtype)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_idle_expert_gets_a_gradient_of_exactly_0(backend: str, dtype: torch.dtype) -> None:
+def test_an_idle_expert_gets_a_gradient_of_exactly_0(backend: str, device: str, dtype: torch.dtype) -> None:
     p = within(problem(30, 16, 16, 6, 2, idle=(0, 3, 5)), backend, dtype)
-    found = p.run(backend, dtype)
+    found = p.run(backend, dtype, device)
     for name in p.tensors.keys() - {"x", "weights"}:
         assert not found[name][[0, 3, 5]].any()
         assert found[name][[1, 2, 4]].flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_all_tokens_may_go_to_one_expert(backend: str) -> None:
-    assert_equal_to_definition(problem(30, 12, 20, 5, 1, idle=(0, 1, 3, 4)), backend, torch.float32)
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_tokens_may_go_to_one_expert(backend: str, device: str, dtype: torch.dtype) -> None:
+    assert_equal_to_definition(problem(200, 12, 20, 5, 1, idle=(0, 1, 3, 4)), backend, dtype, device)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -184,10 +187,12 @@ def test_no_tokens_and_all_slots_dropped_give_zeros_of_the_right_shape(backend: 
     assert not any(t.any() for t in found.values())
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-def test_the_same_call_twice_gives_the_same_bits(backend: str) -> None:
-    p = within(problem(50 if INTERPRETED else 200, 24, 32, 8, 2), backend, torch.bfloat16)
-    first, second = p.run(backend, torch.bfloat16), p.run(backend, torch.bfloat16)
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_call_twice_gives_the_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
+    tokens = 20_000 if device == "cuda" else 50 if INTERPRETED else 200  # on a GPU enough for sums in several parts
+    p = within(problem(tokens, 24, 32, 8, 2, dropped=0.1), backend, dtype)
+    first, second = p.run(backend, dtype, device), p.run(backend, dtype, device)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -221,6 +226,25 @@ def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str, devic
     for name in ("y", "x", "weights"):
         assert found[name][7].isnan().any()
         assert not torch.cat([found[name][:7], found[name][8:]]).isnan().any()
+
+
+@pytest.mark.parametrize(("backend", "device"), ON_BOTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_a_token_without_an_expert_reaches_nothing(
+    backend: str, device: str, dtype: torch.dtype, value: float
+) -> None:
+    """Its rows are sorted after the last expert's, beside rows that a product may read to fill a tile."""
+    p = within(problem(40, 16, 24, 4, 2, dropped=0.2), backend, dtype)
+    p.indices[[0, 7, 39]] = -1
+    expected = p.definition()
+    for name in ("x", "weights"):
+        p.tensors[name][[0, 7, 39]] = value
+    p.upstream[[0, 7, 39]] = value
+    found = p.run(backend, dtype, device)
+    assert not found["x"][[0, 7, 39]].any()
+    for name in expected:
+        assert distance(found[name], expected[name]) <= TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -300,11 +324,63 @@ def test_a_gpu_gives_the_definition(
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_bits_twice_and_zeros_for_idle_experts() -> None:
-    p = problem(500, 64, 128, 8, 2, idle=(0, 4, 7))
-    first, second = (p.run("grouped_mm", torch.bfloat16, "cuda") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not any(first[name][[0, 4, 7]].any() for name in ("w_in", "w_out", "b_in", "b_out"))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_gpu_gives_the_definition_of_every_activation(
+    backend: str, activation: Activation, dtype: torch.dtype, bias: bool
+) -> None:
+    p = problem(130, 100, 60, 8, 2, activation=activation, bias=bias, dropped=0.1)
+    assert_equal_to_definition(p, backend, dtype, "cuda")
+
+
+LARGE = {  # T, D, F, E: more than 2³¹ elements of
+    "hidden layers": (262_400, 64, 8_192, 2),
+    "tokens": (1_050_000, 2_048, 64, 2),
+    "weights": (400, 2_048, 8_256, 128),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", LARGE)
+def test_more_elements_than_32_bits_count_are_right_at_the_far_end(backend: str, of: str) -> None:
+    """The gradient comes in at a sample of tokens, the first and the last ones, and so all of it is that sample's."""
+    skip_where_unusable(backend, "cuda")
+    tokens, width, hidden, experts = LARGE[of]
+    free = torch.cuda.mem_get_info()[0]
+    if free < 100 * 2**30:
+        pytest.skip(f"needs 100 GiB of free GPU memory, and there are {free / 2**30:.0f}")
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cuda", dtype=torch.bfloat16)
+
+    assert max(tokens * hidden, tokens * width, experts * width * hidden) > 2**31
+    x, weights = draw(tokens, width), torch.rand(tokens, 1, generator=g, device="cuda")
+    w_in, w_out = draw(experts, hidden, width).mul_(width**-0.5), draw(experts, width, hidden).mul_(hidden**-0.5)
+    indices = torch.full((tokens, 1), experts - 1, device="cuda")
+    indices[: tokens // 8] = 0
+    sample = torch.cat([torch.arange(60), torch.arange(tokens - 60, tokens)]).cuda()
+    upstream = torch.zeros_like(x)
+    upstream[sample] = draw(len(sample), width)
+    leaves = [t.requires_grad_() for t in (x, weights, w_in, w_out)]
+    try:
+        y = expert_mlp(x, weights, indices, w_in, w_out, backend=backend)
+    except UsageError as refused:
+        pytest.skip(str(refused))
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    assert gradients[0].count_nonzero(1).count_nonzero() == len(sample)
+    assert not any(gradients[i][1:-1].any() for i in (2, 3))  # idle experts
+    ends = [0, experts - 1]
+    # The sample and its two experts alone, in float64.
+    few = [t.detach().double().requires_grad_() for t in (x[sample], weights[sample], w_in[ends], w_out[ends])]
+    right = expert_mlp(few[0], few[1], (indices[sample] > 0).long(), few[2], few[3], backend="reference")
+    expected = torch.autograd.grad(right, few, upstream[sample].double())
+    found = [gradients[0][sample], gradients[1][sample], gradients[2][ends], gradients[3][ends]]
+    for name, one, other in zip(NAMES, found, expected, strict=False):
+        assert distance(one, other.cpu()) <= TOLERANCE[torch.bfloat16], name
+    assert distance(y[sample].detach(), right.detach().cpu()) <= TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.gpu
