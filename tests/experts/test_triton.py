@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from moelab.experts import triton as backend
-from moelab.model import fused_router
+from moelab.model import fused_router, head
 
 TESTS = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
-@pytest.mark.parametrize("file", ["experts/interpreted_triton.py", "model/interpreted_router.py"])
+@pytest.mark.parametrize(
+    "file", ["experts/interpreted_triton.py", "model/interpreted_router.py", "model/interpreted_head.py"]
+)
 def test_the_interpreted_kernels_are_right(file: str) -> None:
     """In a process of its own: Triton decides on import whether it interprets."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -91,8 +93,9 @@ def test_every_kernel_compiles(
     router, logits = torch.zeros(experts, width), torch.zeros(tokens, experts)
     torch.ops.moelab.route(x, router, None, top_k, "softmax", "chosen")
     fused_router._route_backward(x, weights, logits, x, router, indices, logits, "softmax", "chosen")
+    head.softmax_kernel(x, indices[:, 0].contiguous())
     launches = {
         "count", "place", "product", "combine", "slot_gradient", "weight_gradient", "sum_parts", "bias_parts",
-        "sum_bias_parts", "route", "logits_gradient", "route_backward",
+        "sum_bias_parts", "route", "logits_gradient", "route_backward", "loss_and_gradient",
     }  # fmt: skip
     assert set(compiled) == launches, importlib.metadata.version("triton")

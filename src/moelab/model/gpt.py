@@ -21,6 +21,7 @@ from torch import nn
 from moelab.config import ModelConfig
 from moelab.model.attention import Attention, KVCache, linear
 from moelab.model.feed_forward import FeedForward
+from moelab.model.head import next_token_loss
 from moelab.model.moe import Experts, MoE
 from moelab.model.norm import Norm
 from moelab.model.router import Routed, Router
@@ -168,17 +169,16 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += length
         logits = loss = None
-        if targets is not None or not keep_routing:
-            head = self.token_embedding if self.head is None else self.head
-            logits = linear(self.final_norm(x), head, None)
-        if targets is not None and logits is not None:
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            loss = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), reduction=reduction)
+        head = self.token_embedding if self.head is None else self.head
+        if targets is not None:
+            loss = next_token_loss(self.final_norm(x).flatten(0, 1), head, targets.flatten(), reduction)
             loss = loss.view_as(ids) if reduction == "none" else loss
+        elif not keep_routing:
+            logits = linear(self.final_norm(x), head, None)
         none = torch.zeros((), device=ids.device)
         drops = self.config.moe is not None and self.config.moe.capacity_factor is not None
         return Output(
-            logits=logits if targets is None else None,
+            logits=logits,
             loss=loss,
             balance_loss=sum((r.balance_loss for r in routed), none),
             z_loss=sum((r.z_loss for r in routed), none),

@@ -1,0 +1,165 @@
+"""The output head and its loss: whole logits against chunks, and against PyTorch's own (from 2.13 on).
+
+    python benchmarks/head.py [--presets 5m 40m 124m 350m] [--sequences 32] [--json FILE]
+
+Times forward and backward, from the normed hidden states to the gradients of them and of the fp32 weight, in turns, and
+takes each way's peak memory over what was there before. `moelab.model.head.CHUNK` is chosen from it. On GPUs the
+whole logits are compiled, as training compiles them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from moelab.bench.clock import wall_ms
+from moelab.device import (
+    compute_dtype,
+    environment,
+    keep_freed_memory,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    synchronize,
+)
+from moelab.model.head import next_token_loss
+from moelab.presets import preset
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Time the output head with its loss, forward and backward."""
+
+    presets: tuple[str, ...] = ("5m", "40m", "124m", "350m")
+    """Sizes, whose context and width are taken."""
+    sequences: int = 32
+    """Sequences of a micro-batch."""
+    vocabulary: int = 50_304
+    chunks: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
+    """Most tokens at once."""
+    torch: bool = True
+    """PyTorch's own too, where it has one."""
+    rounds: int = 5
+    compile: bool | None = None
+    """Compile the whole logits; on GPUs when not given."""
+    device: str = "auto"
+    json: Path | None = None
+
+
+def whole(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return next_token_loss(x, w, targets, chunk=1 << 62)
+
+
+def torchs_own(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """PyTorch 2.13's chunked operator, with the weight cast as ours casts it."""
+    return F.linear_cross_entropy(x, w.to(x.dtype), targets, options=torch.nn.LinearCrossEntropyOptions())
+
+
+class Head:
+    """One size's hidden states, weight and targets, and the ways to its loss."""
+
+    def __init__(self, name: str, settings: Benchmark, device: torch.device) -> None:
+        model = preset(name).model
+        dtype = compute_dtype("auto", device)
+        self.name, self.device = name, device
+        self.tokens, self.width, self.vocabulary = settings.sequences * model.context, model.width, settings.vocabulary
+        g = torch.Generator(device).manual_seed(0)
+        self.x = torch.randn(self.tokens, self.width, generator=g, device=device).to(dtype).requires_grad_()
+        self.w = (0.02 * torch.randn(self.vocabulary, self.width, generator=g, device=device)).requires_grad_()
+        self.targets = torch.randint(0, self.vocabulary, (self.tokens,), generator=g, device=device)
+        self.logits_bytes = self.tokens * self.vocabulary * dtype.itemsize
+        compiled = device.type == "cuda" if settings.compile is None else settings.compile
+        self.ways: dict[str, Loss] = {"whole": torch.compile(whole) if compiled else whole, "one chunk": one_chunk}
+        for tokens in settings.chunks:
+            if tokens < self.tokens:
+                self.ways[f"chunks of {tokens:,}"] = partial(next_token_loss, chunk=tokens)
+        if settings.torch and hasattr(F, "linear_cross_entropy"):
+            self.ways["PyTorch's"] = torchs_own
+
+    def run(self, way: str) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(self.ways[way](self.x, self.w, self.targets), [self.x, self.w])
+
+    def check(self) -> None:
+        """Holds every way's gradients against those of whole logits."""
+        expected = self.run("whole")
+        for way in self.ways:
+            for one, other in zip(self.run(way), expected, strict=True):
+                assert ((one - other).norm() <= 2e-2 * other.norm()).item(), (self.name, way)
+
+    def memory(self, way: str) -> int | None:
+        """Bytes at the peak over what was there before."""
+        synchronize(self.device)
+        reset_peak_memory(self.device)
+        before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else peak_memory(self.device)
+        self.run(way)
+        synchronize(self.device)
+        after = peak_memory(self.device)
+        return after - before if after is not None and before is not None else None
+
+
+def main() -> None:
+    settings = tyro.cli(Benchmark)
+    device = resolve_device(settings.device)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in settings.presets:
+        head = Head(name, settings, device)
+        head.check()
+        for way in head.ways:
+            rows[name, way] = {
+                "preset": name, "tokens": head.tokens, "width": head.width, "vocabulary": head.vocabulary,
+                "logits_bytes": head.logits_bytes, "way": way, "peak_bytes": head.memory(way),
+            }  # fmt: skip
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does; afterwards its use says nothing of a single call
+    for name in settings.presets:
+        head = Head(name, settings, device)
+        times: dict[str, list[float]] = {way: [] for way in head.ways}
+        for number in range(settings.rounds + 1):
+            for way, found in times.items():
+                ms = wall_ms(partial(head.run, way), 1 if device.type == "cpu" else 5, device)
+                if number:  # the first round compiles and allocates
+                    found.append(ms)
+        for way, found in times.items():
+            ms = statistics.median(found)
+            flops = 6 * head.tokens * head.width * head.vocabulary
+            rows[name, way] |= {"ms": ms, "tflops": flops / ms / 1e9}
+    facts = environment(device, compute_dtype("auto", device))
+    show(list(rows.values()), facts)
+    if settings.json:
+        settings.json.write_text(json.dumps({"environment": facts, "rows": list(rows.values())}, indent=2) + "\n")
+
+
+def one_chunk(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Our operator on all tokens at once: what it is worth without its saving of memory."""
+    loss: torch.Tensor = torch.ops.moelab.head_loss(x, w, targets, len(x))[0]
+    return loss
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    console = Console()
+    console.print(f"{facts['device']}, PyTorch {facts['torch']}, {facts['precision']}", highlight=False)
+    table = Table("preset", "tokens", "logits, MiB", "way", "ms", "TFLOP/s", "peak, MiB")
+    for row in rows:
+        peak = f"{row['peak_bytes'] / 2**20:,.0f}" if row["peak_bytes"] is not None else ""
+        table.add_row(
+            row["preset"], f"{row['tokens']:,}", f"{row['logits_bytes'] / 2**20:,.0f}", row["way"],
+            f"{row['ms']:.2f}", f"{row['tflops']:.2f}", peak,
+        )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
