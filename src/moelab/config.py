@@ -25,6 +25,7 @@ import tyro
 
 Activation = Literal["gelu", "gelu_tanh", "relu2", "silu", "swiglu"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+OptimizerState = Literal["fp32", "bf16", "8bit"]
 
 
 class UsageError(ValueError):
@@ -244,6 +245,8 @@ class TrainingConfig:
     """AdamW's epsilon."""
     weight_decay: float = 0.1
     """AdamW's weight decay, on matrices only."""
+    optimizer_state: OptimizerState = "fp32"
+    """What AdamW's two moments are kept in: fp32, bf16 (half the memory) or 8bit (a quarter, by torchao)."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
     precision: Precision = "auto"
@@ -252,6 +255,8 @@ class TrainingConfig:
     """cuda, cuda:N, mps or cpu; auto takes a GPU when there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto uses it on CUDA."""
+    checkpoint_activations: bool = False
+    """Keep only the blocks' inputs for the backward pass, which computes the blocks again: less memory, more time."""
     seed: int = 0
     """Seed of the initial values and of the order of the data."""
     deterministic: bool = False
@@ -281,7 +286,13 @@ class TrainingConfig:
             "min-learning-rate", self.min_learning_rate, f"give at most the learning rate {self.learning_rate}",
         )  # fmt: skip
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, flag(name), getattr(self, name), "give 0 or more and less than 1")
+            beta = getattr(self, name)
+            require(0 <= beta < 1, flag(name), beta, "give 0 or more and less than 1")
+            # Halfway to bf16's next number is up to 1/256 of one away: a decay of less than that would not move it.
+            rounds = self.optimizer_state == "bf16" and beta > 0.99
+            require(
+                not rounds, flag(name), beta, "optimizer-state bf16 is too coarse for it; give 0.99 or less, or 8bit"
+            )
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,19 @@ import torch
 
 from moelab.experts import triton as backend
 from moelab.model import fused_router, head
+from moelab.training import optimizer
 
 TESTS = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted")
 @pytest.mark.parametrize(
-    "file", ["experts/interpreted_triton.py", "model/interpreted_router.py", "model/interpreted_head.py"]
-)
+    "file",
+    [
+        "experts/interpreted_triton.py", "model/interpreted_router.py", "model/interpreted_head.py",
+        "training/interpreted_optimizer.py",
+    ],
+)  # fmt: skip
 def test_the_interpreted_kernels_are_right(file: str) -> None:
     """In a process of its own: Triton decides on import whether it interprets."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -56,8 +61,9 @@ def compiler(capability: int, names: list[str]) -> Callable[..., None]:
             if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
-            signature[parameter.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
+            number = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = "*" + TYPES[value.dtype] if isinstance(value, torch.Tensor) else number
+            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
                 hints[(place,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
         assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given).asm["cubin"]
@@ -94,8 +100,12 @@ def test_every_kernel_compiles(
     torch.ops.moelab.route(x, router, None, top_k, "softmax", "chosen")
     fused_router._route_backward(x, weights, logits, x, router, indices, logits, "softmax", "chosen")
     head.softmax_kernel(x, indices[:, 0].contiguous())
+    moments = torch.zeros(2, experts, tokens, dtype=torch.bfloat16)
+    one = torch.ones(())
+    optimizer.update_by_kernel(logits, logits, *moments, one, one, 0.9, 0.95, 1e-8, 0.1)
     launches = {
         "count", "place", "product", "combine", "slot_gradient", "weight_gradient", "sum_parts", "bias_parts",
         "sum_bias_parts", "route", "logits_gradient", "route_backward", "loss_and_gradient",
+        "adamw",
     }  # fmt: skip
     assert set(compiled) == launches, importlib.metadata.version("triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,17 @@ from moelab.training.optimizer import make_optimizer
 MODEL = ModelConfig(layers=1, heads=2, width=16, context=8, vocabulary=64)
 
 
-def trained(arm: str = "dense", steps: int = 2) -> tuple[GPT, torch.optim.AdamW]:
-    model = GPT(arm_model(arm, MODEL, MoEConfig(2)))
-    optimizer = make_optimizer(model, TrainingConfig())
+def trained(
+    arm: str = "dense", steps: int = 2, state: str = "fp32", model: ModelConfig = MODEL
+) -> tuple[GPT, torch.optim.Optimizer]:
+    made = GPT(arm_model(arm, model, MoEConfig(2)))
+    optimizer = make_optimizer(made, TrainingConfig(optimizer_state=state))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(steps)
     for _ in range(steps):
-        for parameter in model.parameters():
+        for parameter in made.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-    return model, optimizer
+    return made, optimizer
 
 
 def test_weights_moments_and_random_state_come_back(tmp_path: Path) -> None:
@@ -41,6 +44,25 @@ def test_weights_moments_and_random_state_come_back(tmp_path: Path) -> None:
         assert torch.equal(a, b), name
         for moment, value in optimizer.state[a].items():
             assert torch.equal(value, fresh_optimizer.state[b][moment]), (name, moment)
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_moments_of_lower_precision_come_back_bit_for_bit(tmp_path: Path, state: str) -> None:
+    if state == "8bit":
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install 'moelab[8bit]'")
+    wide = replace(MODEL, width=64)  # matrices of 4,096 numbers and more
+    outcomes = []
+    for resumed in (False, True):
+        model, optimizer = trained("moe", steps=3, state=state, model=wide)
+        if resumed:
+            save_checkpoint(tmp_path, model, optimizer, Progress(step=3))
+            model, optimizer = trained("moe", steps=0, state=state, model=wide)
+            load_checkpoint(tmp_path, model, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        outcomes.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:

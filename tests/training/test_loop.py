@@ -74,6 +74,36 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(
     ]
 
 
+@pytest.mark.parametrize("moe", [None, STATEFUL], ids=["dense", "moe"])
+def test_checkpointed_activations_leave_every_bit_of_a_run(
+    tiny_run: MakeRun, tmp_path: Path, moe: MoEConfig | None
+) -> None:
+    run = tiny_run("moe" if moe else "dense", moe=moe, accumulation=2)
+    train(run, tmp_path / "kept")
+    train(replace(run, training=replace(run.training, checkpoint_activations=True)), tmp_path / "again")
+    left, right = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_a_run_of_lower_state_resumes_bit_for_bit_and_learns(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    if state == "8bit":
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install 'moelab[8bit]'")
+    exact = train(tiny_run("moe", accumulation=2), tmp_path / "exact")
+    run = tiny_run("moe", accumulation=2, optimizer_state=state)
+    whole = train(run, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted):
+            train(run, tmp_path / "cut")
+    train(run, tmp_path / "cut", resume=True)
+    left, right = optimizer_state(tmp_path / "whole"), optimizer_state(tmp_path / "cut")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert whole["val_loss"] == pytest.approx(exact["val_loss"], abs=0.01)
+
+
 def test_resume_after_a_crash_makes_the_lost_steps_again(tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run()
     train(run, tmp_path / "run")

@@ -1,5 +1,6 @@
 """AdamW's groups and the learning rate."""
 
+import importlib.util
 import math
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.config import ModelConfig, MoEConfig, TrainingConfig
+from moelab.config import ModelConfig, MoEConfig, TrainingConfig, UsageError
 from moelab.model import GPT
 from moelab.presets import arm_model
-from moelab.training.optimizer import learning_rate, make_optimizer
+from moelab.training.optimizer import (
+    AdamWBf16,
+    check_optimizer_state,
+    learning_rate,
+    make_optimizer,
+    update_by_kernel,
+    update_by_operators,
+)
 
 
 @pytest.mark.parametrize("arm", ["dense", "moe"])
@@ -51,3 +59,134 @@ def test_learning_rate_warms_up_then_falls_to_the_minimum(steps: int, warmup: in
         middle = top + (steps - 1 - top) / 2
         if middle.is_integer():
             assert rates[int(middle)] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+STATES = [
+    pytest.param(
+        state,
+        marks=pytest.mark.skipif(
+            state == "8bit" and importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
+        ),
+    )
+    for state in ("fp32", "bf16", "8bit")
+]
+
+
+def walked(state: str, steps: int = 60, device: str = "cpu") -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A layer that was moved towards a target, of sizes that 8 bits take and that they do not."""
+    config = TrainingConfig(learning_rate=0.01, optimizer_state=state)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(64, 128)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+    target = [torch.randn(p.shape, generator=g).to(device) for p in model.parameters()]
+    model = model.to(device)
+    optimizer = make_optimizer(model, config)
+    for number in range(steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.01 * (1 - number / 100)
+        for p, goal in zip(model.parameters(), target, strict=True):
+            noise = torch.randn(p.shape, generator=g).to(device)
+            p.grad = p.detach() - goal + 0.1 * noise
+        optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_walks_as_fp32_does(state: str) -> None:
+    """Within the rounding of its moments: 1/256 in bf16, and a few percent in 8 bits."""
+    (model, _), (exact, _) = walked(state), walked("fp32")
+    start, _ = walked("fp32", steps=0)
+    for p, right, begun in zip(model.parameters(), exact.parameters(), start.parameters(), strict=True):
+        way = (right - begun).norm()
+        assert way > 1
+        assert ((p - right).norm() / way).item() <= {"fp32": 0, "bf16": 5e-3, "8bit": 0.05}[state]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_takes_the_bytes_that_it_promises(state: str) -> None:
+    model, optimizer = walked(state, steps=1)
+    taken = 0
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = optimizer.state[model.weight][name]
+        parts = (value.codes, value.scale) if hasattr(value, "codes") else (value,)
+        taken += sum(t.nbytes for t in parts)
+    assert taken <= {"fp32": 8, "bf16": 4, "8bit": 2.1}[state] * model.weight.numel()
+
+
+def test_bf16_state_is_the_formula_with_rounded_moments() -> None:
+    beta1, beta2, rate, decay = 0.9, 0.95, 0.02, 0.1
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(500, generator=g)
+    mine = torch.nn.Parameter(p.clone())
+    optimizer = AdamWBf16([{"params": [mine], "weight_decay": decay}], rate, (beta1, beta2), 1e-8)
+    right, mean, square = p.double(), torch.zeros(500).double(), torch.zeros(500).double()
+    for step in range(1, 6):
+        grad = torch.randn(500, generator=g)
+        mine.grad = grad
+        optimizer.step()
+        mean = beta1 * mean + (1 - beta1) * grad
+        square = beta2 * square + (1 - beta2) * grad.double() ** 2
+        right = right * (1 - rate * decay)
+        right -= rate * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + 1e-8)
+        mean, square = (t.float().bfloat16().double() for t in (mean, square))
+        torch.testing.assert_close(mine.detach().double(), right, rtol=1e-5, atol=2e-4)  # a moment on the other side
+
+
+def test_a_decay_that_bf16_cannot_hold_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"beta2 = 0.999: optimizer-state bf16 is too coarse for it"):
+        TrainingConfig(optimizer_state="bf16", beta2=0.999)
+
+
+def test_8_bits_without_torchao_are_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"needs torchao; pip install 'moelab\[8bit\]'"):
+        check_optimizer_state("8bit")
+
+
+@pytest.mark.gpu
+def test_the_kernel_of_bf16_state_does_as_the_operators_on_a_gpu() -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    made = [torch.randn(5_000, generator=g, device="cuda") for _ in range(4)]
+    p, grad, mean, square = made[0], made[1], made[2].bfloat16(), made[3].square().bfloat16()
+    rest = (torch.tensor(7.0, device="cuda"), torch.tensor(1e-3, device="cuda"), 0.9, 0.95, 1e-8, 0.1)
+    one, other = ([t.clone() for t in (p, grad, mean, square)] for _ in range(2))
+    update_by_kernel(*one, *rest)
+    update_by_operators(*other, *rest)
+    torch.testing.assert_close(one[0], other[0], rtol=1e-6, atol=1e-7)
+    for left, right in zip(one[2:], other[2:], strict=True):
+        torch.testing.assert_close(left, right, rtol=1 / 128, atol=0)  # the last bit, where a product was fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_walks_alike_on_a_gpu(state: str) -> None:
+    (model, _), (exact, _) = walked(state, device="cuda"), walked("fp32")
+    start, _ = walked("fp32", steps=0)
+    for p, right, begun in zip(model.parameters(), exact.parameters(), start.parameters(), strict=True):
+        assert ((p.cpu() - right).norm() / (right - begun).norm()).item() <= 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", STATES)
+def test_a_captured_step_counts_on(state: str) -> None:
+    """The learning rate is a tensor on the device there, and the count of steps too: a replay does what a call does."""
+    outcomes = []
+    for captured in (False, True):
+        model, optimizer = walked(state, steps=3, device="cuda")
+        rate = torch.tensor(0.01, device="cuda")
+        if state == "fp32":
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for number in range(4):
+            rate.fill_(0.01 / (1 + number))
+            graph.replay() if captured else optimizer.step()
+        outcomes.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)

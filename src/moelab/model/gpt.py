@@ -24,6 +24,7 @@ from moelab.model.feed_forward import FeedForward
 from moelab.model.head import next_token_loss
 from moelab.model.moe import Experts, MoE
 from moelab.model.norm import Norm
+from moelab.model.recomputation import recomputed
 from moelab.model.router import Routed, Router
 
 STANDARD_DEVIATION = 0.02  # GPT-2's
@@ -77,11 +78,19 @@ class GPT(nn.Module):
         config: its sizes and choices.
         dtype: of the products and of the residual stream; parameters are fp32 (float64 if this is float64).
         seed: of the initial values.
+        checkpoint_activations: keep only the blocks' inputs for the backward pass (`recomputation`).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        *,
+        checkpoint_activations: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.checkpoint_activations = config, dtype, checkpoint_activations
         self.token_embedding = nn.Parameter(torch.empty(config.vocabulary, config.width))
         learned = config.positions == "learned"
         self.position_embedding = nn.Parameter(torch.empty(config.context, config.width)) if learned else None
@@ -162,8 +171,9 @@ class GPT(nn.Module):
             x = x + self.position_embedding[first : first + length]
         x = x.to(self.dtype)
         routed: list[Routed] = []
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x, decided = block(x, first, cache)
+            x, decided = recomputed(block, x) if recompute else block(x, first, cache)
             if decided is not None:
                 routed.append(decided)
         if cache is not None:

@@ -7,7 +7,7 @@ of slots are integers, so sums over micro-batches and ranks do not depend on the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,7 @@ from moelab.config import MoEConfig
 from moelab.model import fused_router
 
 
-@dataclass
-class Routed:
+class Routed(NamedTuple):
     """What the router decided for T tokens."""
 
     x: torch.Tensor

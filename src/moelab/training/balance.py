@@ -23,7 +23,7 @@ class Balancer:
         self.counts: torch.Tensor | None = None  # (L, E) int64, of this step
 
     def add(self, counts_LE: torch.Tensor) -> None:
-        """Takes in a micro-batch, after its forward pass."""
+        """Takes in a micro-batch, after its backward pass, which may compute the forward pass again."""
         if self.seen or self.biases:
             total = over_ranks(counts_LE)
             self.counts = total if self.counts is None else self.counts + total

@@ -157,8 +157,15 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{moment}.{name}"] = value.detach().cpu().contiguous()
+            for part, tensor in _parts(value).items():
+                tensors[f"{moment}{part}.{name}"] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def _parts(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors that a moment is made of, by what stands behind its name: itself, or codes and their scales."""
+    flatten = getattr(value, "__tensor_flatten__", None)  # of PyTorch's protocol for tensors made of tensors
+    return {"": value} if flatten is None else {f".{part}": getattr(value, part) for part in flatten()[0]}
 
 
 def _fill_model(model: nn.Module, weights: dict[str, torch.Tensor], place: Path) -> None:
@@ -180,8 +187,12 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: d
     if torch.cuda.is_available() and "random.cuda" in state:
         torch.cuda.set_rng_state(state["random.cuda"])
     for name, parameter in model.named_parameters():
+        made = optimizer.state.get(parameter, {})
         for moment in ("step", "exp_avg", "exp_avg_sq"):
-            if (key := f"{moment}.{name}") in state:
+            if moment in made:  # with the optimizer, in the form and the place that it needs
+                for part, tensor in _parts(made[moment]).items():
+                    tensor.copy_(state[f"{moment}{part}.{name}"])
+            elif (key := f"{moment}.{name}") in state:
                 fused_or_cpu = parameter.device if moment != "step" or parameter.is_cuda else torch.device("cpu")
                 optimizer.state[parameter][moment] = state[key].to(fused_or_cpu)
 

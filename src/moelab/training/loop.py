@@ -46,13 +46,21 @@ from moelab.text import PreparedText, prepare
 from moelab.training.balance import Balancer
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
-from moelab.training.optimizer import learning_rate, make_optimizer
+from moelab.training.optimizer import check_optimizer_state, learning_rate, make_optimizer
 from moelab.training.upcycle import Start, upcycle
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
 MAY_DIFFER = frozenset(
     f"training.{name}"
-    for name in ("device", "compile", "evaluation_interval", "log_interval", "routing_interval", "checkpoint_interval")
+    for name in (
+        "device",
+        "compile",
+        "checkpoint_activations",
+        "evaluation_interval",
+        "log_interval",
+        "routing_interval",
+        "checkpoint_interval",
+    )
 ) | {"model.moe.backend", "data.source", "data.ranks"}
 
 
@@ -82,6 +90,7 @@ def train(
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
     chosen = backend_of(run.model, device, dtype, run.training.deterministic) if run.model.moe is not None else None
+    check_optimizer_state(run.training.optimizer_state)
     _claim(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
@@ -208,7 +217,10 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(self.config.training.seed)
-        self.model = GPT(self.config.model, dtype=self.dtype, seed=self.config.training.seed).to(self.device)
+        training = self.config.training
+        self.model = GPT(
+            self.config.model, self.dtype, training.seed, checkpoint_activations=training.checkpoint_activations
+        ).to(self.device)
         self.optimizer = make_optimizer(self.model, self.config.training)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if resume:
@@ -333,8 +345,9 @@ class Trainer:
                 self.window.expert_counts.append(out.expert_counts)
                 if out.dropped is not None:
                     self.window.dropped.append(out.dropped)
-                self.balancer.add(out.expert_counts)
             self.scaler.scale(loss / training.accumulation).backward()
+            if moe is not None:
+                self.balancer.add(out.expert_counts)
             step_loss += out.loss.detach() / training.accumulation
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip or math.inf)

@@ -1,0 +1,129 @@
+"""Blocks that are computed again in the backward pass: the same bits, and less kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelab.config import ModelConfig, MoEConfig
+from moelab.model import GPT
+from moelab.presets import arm_model
+from moelab.training.balance import Balancer
+
+SMALL = ModelConfig(layers=3, heads=2, width=32, context=24, vocabulary=128)
+SETTINGS = {
+    "dense": None,
+    "modern": None,
+    "plain": MoEConfig(4, 2),
+    "bias": MoEConfig(4, 2, scores="sigmoid", bias_rate=0.1, balance_loss=0),
+    "scope-step": MoEConfig(4, 2, balance_scope="step"),
+    "scope-sequence": MoEConfig(4, 2, balance_scope="sequence", z_loss=0.1),
+    "drop-by-score": MoEConfig(4, 2, capacity_factor=0.8),
+    "drop-by-position": MoEConfig(4, 2, capacity_factor=0.8, drop="position"),
+    "shared": MoEConfig(6, 3, shared_experts=1, learned_scale=True, moe_layers="every 2nd"),
+    "many-chosen": MoEConfig(12, 10, normalize="all"),
+    "everything": MoEConfig(
+        4, 2, scores="sigmoid", bias_rate=0.1, balance_scope="step", capacity_factor=0.9, z_loss=0.1, shared_experts=1
+    ),
+}
+
+
+def made(name: str, dtype: torch.dtype, checkpointed: bool) -> GPT:
+    config, moe = SMALL, SETTINGS[name]
+    if name == "modern":
+        config = replace(config, positions="rope", norm="rmsnorm", activation="swiglu", bias=False)
+    arm = "dense" if moe is None else "moe"
+    return GPT(arm_model(arm, config, moe or MoEConfig()), dtype, checkpoint_activations=checkpointed)
+
+
+def step(model: GPT, compiled: bool = False, micro_batches: int = 3) -> dict[str, torch.Tensor]:
+    """Losses, gradients and buffers of two optimizer steps, without an optimizer."""
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    balancer, found = Balancer(model), {}
+    g = torch.Generator().manual_seed(0)
+    for number in range(2):
+        for part in range(micro_batches):
+            ids = torch.randint(0, 128, (4, 25), generator=g)
+            out = forward(ids[:, :-1], ids[:, 1:])
+            loss = out.loss + out.balance_loss + out.z_loss
+            loss.backward()
+            if out.expert_counts is not None:
+                balancer.add(out.expert_counts)
+            found[f"loss {number} {part}"] = loss.detach()
+        balancer.step()
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return found | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_gradients_are_those_of_kept_activations_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    kept, again = step(made(name, dtype, False)), step(made(name, dtype, True))
+    assert kept.keys() == again.keys()
+    for key in kept:
+        assert torch.equal(kept[key], again[key]), key
+
+
+@pytest.mark.parametrize("name", ["dense", "everything"])
+def test_a_compiled_model_recomputes_too(name: str) -> None:
+    eager, compiled = step(made(name, torch.float32, True)), step(made(name, torch.float32, True), compiled=True)
+    for key in eager:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-4, atol=1e-6)
+
+
+def kept_bytes(model: GPT) -> int:
+    """Of everything kept for the backward pass, each storage once, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    ids = torch.randint(0, 128, (4, 25), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(ids[:, :-1], ids[:, 1:])
+    del out
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("name", ["dense", "plain"])
+def test_less_is_kept(name: str) -> None:
+    assert kept_bytes(made(name, torch.float32, True)) < kept_bytes(made(name, torch.float32, False)) / 3
+
+
+def test_evaluation_and_sampling_are_as_they_were() -> None:
+    plain, other = made("plain", torch.float32, False).eval(), made("plain", torch.float32, True).eval()
+    ids = torch.randint(0, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = other.new_cache(2)
+    with torch.no_grad():
+        parts = [other(part, cache=cache).logits for part in ids.split([5, 4], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), plain(ids).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["dense", "plain", "everything"])
+def test_decisions_are_recomputed_alike_on_a_gpu(name: str, compiled: bool) -> None:
+    """Compiled, last bits may differ; a decision that did would show as a whole expert's share of a gradient."""
+    config = replace(SMALL, width=256, heads=4, context=256)
+    arm = "dense" if SETTINGS[name] is None else "moe"
+    results = []
+    for checkpointed in (False, True):
+        torch.compiler.reset()
+        model = GPT(
+            arm_model(arm, config, SETTINGS[name] or MoEConfig()),
+            torch.bfloat16,
+            checkpoint_activations=checkpointed,
+        ).cuda()
+        forward = torch.compile(model, fullgraph=True) if compiled else model
+        ids = torch.randint(0, 128, (16, 257), generator=torch.Generator().manual_seed(0)).cuda()
+        out = forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        (out.loss + out.balance_loss).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for key, expected in results[0].items():
+        assert ((results[1][key] - expected).norm() <= (2e-2 if compiled else 1e-6) * expected.norm()).item(), key
