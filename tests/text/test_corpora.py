@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moelab.config import DataConfig, UsageError
+from moelab.text import prepare
 from moelab.text.corpora import LocalFiles, open_corpus
 
 
@@ -42,6 +44,45 @@ def test_what_moelab_writes_is_no_text_of_a_folder(tmp_path: Path, monkeypatch: 
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("{}")
     assert names(open_corpus(DataConfig(data=f"text:{tmp_path}"))) == ["a.txt", "config.json"]
+
+
+def test_a_folder_with_a_file_valid_comes_with_its_own_splits(tmp_path: Path) -> None:
+    written = {"a.txt": "train", "b/valid.txt": "train", "test.txt": "test", "valid.txt": "valid"}
+    for name, split in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{split} of {name}")
+    corpus = open_corpus(DataConfig(data=f"text:{tmp_path}"))
+    for split in ("train", "valid", "test"):
+        expected = [piece for name, of in written.items() if of == split for piece in (f"{split} of {name}", None)]
+        assert list(corpus.pieces(split)) == expected
+        assert corpus.size(split) == sum(len(piece or "") for piece in expected)
+
+
+@pytest.mark.parametrize("files", [("a.txt", "test.txt"), ("valid.txt",), ("b/a.txt", "b/valid.txt")])
+def test_without_a_file_valid_and_others_to_train_on_documents_are_dealt_out(
+    tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(f"{line} of {name}\n" for line in range(100)))
+    corpus = open_corpus(DataConfig(data=f"text:{tmp_path}"))
+    assert corpus.splits() == ("train", "valid", "test")
+    pieces = [piece for split in corpus.splits() for piece in corpus.pieces(split) if piece]
+    assert sum(len(piece) for piece in pieces) == sum(place.stat().st_size for _, place in corpus.files)
+
+
+def test_a_split_that_a_folder_has_not_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "validation.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    with pytest.raises(UsageError, match=r"has no test split of text:.*, only train, valid"):
+        prepare(DataConfig(data=f"text:{tmp_path}", tokenizer="bytes"), splits=("train", "test"))
+
+
+def test_a_preparation_by_dealt_splits_is_not_taken_for_one_by_own_splits(tmp_path: Path) -> None:
+    (tmp_path / "valid.txt").write_text("")
+    corpus = open_corpus(DataConfig(data=f"text:{tmp_path}"))
+    with_own = replace(corpus, own_splits={"train": corpus.files, "valid": corpus.files})
+    assert with_own.signature("train") != corpus.signature("train")
 
 
 def test_a_folder_that_is_hidden_itself_can_be_named(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,25 +37,27 @@ File = tuple[str, Path]  # name relative to the corpus, and where it is
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files whose documents are dealt out to the splits."""
+    """Files whose documents are dealt out to the splits, unless they come with splits of their own."""
 
     name: str
     source: str
     files: tuple[File, ...]
     """Every file, in order."""
     reader: Callable[[Path, Advance], Pieces]
+    own_splits: Mapping[str, tuple[File, ...]] = field(default_factory=dict)
+    """The files of each split, where the source says which they are."""
     counts_words = False
     form = None  # there is but one
 
     def splits(self) -> tuple[str, ...]:
-        return SPLITS
+        return tuple(split for split in SPLITS if split in self.own_splits) or SPLITS
 
     def fetch(self, split: str) -> None:
         """They are there."""
 
     def size(self, split: str) -> int:
-        """Bytes that are read for a split: all, to find its documents."""
-        return sum(path.stat().st_size for _, path in self.files)
+        """Bytes that are read for a split: all, where its documents have to be found among them."""
+        return sum(path.stat().st_size for _, path in self.own_splits.get(split, self.files))
 
     def signature(self, split: str) -> str:
         """Changes when a source file is added, removed, or written to: of paths, sizes and times, not contents."""
@@ -67,11 +69,14 @@ class LocalFiles:
             (os.path.abspath(path), path.stat()) for _, path in self.files
         ]  # of 100,000 files: once for all splits
         facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(json.dumps([self.name, facts]).encode()).hexdigest()
+        given = [{split: [name for name, _ in files] for split, files in self.own_splits.items()}]
+        return hashlib.sha256(json.dumps([self.name, facts, *filter(None, given)]).encode()).hexdigest()
 
     def pieces(self, split: str, advance: Advance = unheard) -> Pieces:
         """The text of a split. Raises `UsageError` on text that cannot be read, and on none at all."""
-        return dealt(self._read, split, self.name, advance)
+        if self.own_splits:
+            return self._read(self.own_splits[split], advance)
+        return dealt(functools.partial(self._read, self.files), split, self.name, advance)
 
     def finished(self, pieces: Pieces) -> Pieces:
         """The text is tokenised as it is."""
@@ -81,8 +86,8 @@ class LocalFiles:
         """Nobody has published this."""
         return None, None
 
-    def _read(self, advance: Advance) -> Pieces:
-        for _, path in self.files:
+    def _read(self, files: Sequence[File], advance: Advance) -> Pieces:
+        for _, path in files:
             try:
                 yield from without_empty_documents(self.reader(path, advance))
             except OSError as problem:
@@ -146,7 +151,20 @@ def _text(path: Path, glob: str) -> LocalFiles:
             raise UsageError(f"data = text:{path}: no file there matches --glob {glob!r}")
     else:
         raise UsageError(f"data = text:{path}: there is no such file or folder")
-    return LocalFiles(f"text:{path}", str(path), tuple(files), read_any)
+    return LocalFiles(f"text:{path}", str(path), tuple(files), read_any, _own_splits(files) if path.is_dir() else {})
+
+
+def _own_splits(files: Sequence[File]) -> dict[str, tuple[File, ...]]:
+    """The splits of a folder that has a file named valid or validation (and test) at its top, the rest to train on.
+
+    Empty where there is no such file, or nothing else: documents are then dealt out.
+    """
+    found: dict[str, list[File]] = {}
+    for name, place in files:
+        named = {"valid": "valid", "validation": "valid", "test": "test"}
+        split = named.get(name.partition(".")[0], "train") if "/" not in name else "train"
+        found.setdefault(split, []).append((name, place))
+    return {split: tuple(own) for split, own in found.items()} if {"train", "valid"} <= found.keys() else {}
 
 
 def _is_ours(folder: Path) -> bool:

@@ -105,7 +105,7 @@ def prepare(
     for split in splits:
         if split not in corpus.splits():
             raise UsageError(
-                f"source = {data.source}: it has no {split} split of {corpus.name}, only {', '.join(corpus.splits())}"
+                f"source = {corpus.source}: it has no {split} split of {corpus.name}, only {', '.join(corpus.splits())}"
             )
     try:
         if tokenizer is None:
