@@ -113,6 +113,16 @@ def test_every_difference_is_that_of_the_results(reported: Path) -> None:
         assert cell.endswith("both end there")
 
 
+def test_what_the_same_loss_cost_is_that_of_the_results(reported: Path) -> None:
+    section = (reported / "report.html").read_text().partition("How soon the same loss</h2>")[2]
+    page = Page(section.partition("</section>")[0])
+    headings = {"tokens": "Tokens", "flops": "Training FLOPs", "seconds": "Training time"}
+    for entry in of(reported)["to_reach"]:
+        cell = page.rows[f"{entry['arm']} against {entry['against']}"][headings[entry["budget"]]]
+        low, high = entry["ci95"]
+        assert cell.startswith(f"{entry['ratio']:.2f} × 95% interval {low:.2f} to {high:.2f}")
+
+
 def test_every_run_is_listed_with_its_figures(reported: Path) -> None:
     page = Page((reported / "report.html").read_text())
     for arm in of(reported)["arms"].values():

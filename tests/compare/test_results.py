@@ -45,6 +45,7 @@ def test_the_schema_is_the_promised_one(small: Make, finish: Finish, tmp_path: P
     comparison = small(seeds=2, budgets=("tokens", "flops", "seconds"))
     results = compare(comparison, finish(comparison, tmp_path))
     assert results["schema"] == 1
+    assert [entry["budget"] for entry in results["to_reach"]] == ["tokens", "flops", "seconds"] * 3
     assert results["data"].keys() >= {"name", "fingerprint", "tokenizer", "train_tokens", "valid_tokens"}
     assert list(results["arms"]) == ["dense", "moe", "dense-wide"]
     for arm in results["arms"].values():
@@ -109,6 +110,37 @@ def test_runs_that_end_at_a_budget_are_used_where_they_are(small: Make, finish: 
     assert entry(results, "moe", "dense", "seconds")["interpolated"] is True
 
 
+def reach(results: dict[str, Any], arm: str, against: str, budget: str) -> dict[str, Any]:
+    (found,) = [e for e in results["to_reach"] if (e["arm"], e["against"], e["budget"]) == (arm, against, budget)]
+    return found
+
+
+def test_the_cost_of_a_loss_is_read_off_each_seeds_curve(small: Make, finish: Finish, tmp_path: Path) -> None:
+    results = compare(small(seeds=3), finish(small(seeds=3), tmp_path))
+    tokens, times = [], []
+    for seed in range(3):
+        moe, dense = tmp_path / f"moe-seed{seed}", tmp_path / f"dense-seed{seed}"
+        # It falls all the way, so that it can be read upwards.
+        curve = [(line["val_loss"], line["tokens"]) for line in metrics(moe) if "val_loss" in line][::-1]
+        needed = np.interp(summary(dense)["val_loss"], *zip(*curve, strict=True))
+        tokens.append(needed / summary(dense)["tokens"])
+        times.append(needed / summary(moe)["tokens_per_second"] / summary(dense)["seconds"])
+    found = reach(results, "moe", "dense", "tokens")
+    assert 0.5 < found["ratio"] < 1
+    assert found["ratio"] == pytest.approx(np.mean(tokens))
+    assert found["spent"][0] / found["spent"][1] == pytest.approx(found["ratio"])
+    assert reach(results, "moe", "dense", "seconds")["ratio"] == pytest.approx(np.mean(times), rel=1e-5)
+    assert (found["runs"], found["reached"], len(found["ci95"])) == (3, 3, 2)
+
+
+def test_a_loss_that_some_seed_did_not_reach_has_no_ratio(small: Make, finish: Finish, tmp_path: Path) -> None:
+    finish(small(seeds=2), tmp_path)
+    place = tmp_path / "dense-seed1" / "summary.json"
+    place.write_text(json.dumps(summary(place.parent) | {"val_loss": 1.0}))
+    found = reach(compare(small(seeds=2), tmp_path), "moe", "dense", "tokens")
+    assert (found["ratio"], found["spent"], found["runs"], found["reached"]) == (None, None, 2, 1)
+
+
 def test_a_budget_before_the_first_evaluation_is_not_measured(small: Make, finish: Finish, tmp_path: Path) -> None:
     folder = finish(small(), tmp_path, moe={"seconds": 1e6})
     slow = folder / "moe-seed0" / "metrics.jsonl"
@@ -123,6 +155,7 @@ def test_times_of_different_devices_are_not_compared(small: Make, finish: Finish
     results = compare(small(), finish(small(), tmp_path, moe={"environment": environment}))
     assert entry(results, "moe", "dense", "seconds")["difference"] is None
     assert entry(results, "dense-wide", "dense", "seconds")["difference"] is not None
+    assert reach(results, "moe", "dense", "seconds")["runs"] == 0
     assert len(results["environments"]) == 2
     assert any("different devices" in note for note in results["words"]["notes"])
 

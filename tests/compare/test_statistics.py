@@ -75,3 +75,32 @@ def test_nothing_is_read_outside_of_the_curve(place: float) -> None:
 
 def test_nothing_is_read_off_a_curve_without_points() -> None:
     assert Curve(np.empty(0), np.empty(0)).at(1.0) is None
+
+
+@given(
+    gaps=st.lists(st.floats(0.1, 10), min_size=2, max_size=9),
+    falls=st.lists(st.floats(0.01, 1), min_size=9, max_size=9),
+    share=st.floats(0, 1),
+)
+def test_what_had_been_spent_to_a_loss_is_where_a_falling_curve_is_at_it(
+    gaps: list[float], falls: list[float], share: float
+) -> None:
+    curve = Curve(np.cumsum(gaps), 20 - np.cumsum(falls[: len(gaps)]))
+    loss = max(curve.loss[0] + share * (curve.loss[-1] - curve.loss[0]), curve.loss[-1])
+    spent = curve.spent_to(loss)
+    assert spent is not None
+    assert curve.at(spent) == pytest.approx(loss)
+
+
+def test_a_loss_is_reached_the_first_time_that_the_curve_is_there() -> None:
+    curve = Curve(np.array([1.0, 2.0, 3.0, 4.0]), np.array([5.0, 3.0, 4.0, 2.0]))
+    assert curve.spent_to(3.5) == 1.75
+
+
+def test_a_loss_that_is_never_reached_has_no_cost() -> None:
+    assert Curve(np.array([1.0, 3.0]), np.array([5.0, 4.0])).spent_to(3.999) is None
+    assert Curve(np.empty(0), np.empty(0)).spent_to(1.0) is None
+
+
+def test_a_loss_reached_before_the_first_evaluation_costs_what_was_spent_by_then() -> None:
+    assert Curve(np.array([1.0, 3.0]), np.array([5.0, 4.0])).spent_to(6.0) == 1.0

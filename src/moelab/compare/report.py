@@ -6,7 +6,7 @@ One file that asks for nothing else: text, tables and inline SVG, styled for pho
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ def _section(identifier: str, results: dict[str, Any], runs: Sequence[Run], draw
         "headline": headline(results),
         "notes": notes(results),
         "arms": [_arm_row(results, arm, place) for place, arm in enumerate(results["arms"])],
-        "differences": _difference_rows(results),
+        "differences": _pair_rows(results, results["comparisons"], _difference),
+        "to_reach": _pair_rows(results, results.get("to_reach", []), _to_reach),
         "runs": [_run_row(results, run) for run in runs],
         "pictures": [shown for shown in on_page if shown[0].arm is None],
         "colours": {arm: place for place, arm in enumerate(results["arms"])},
@@ -181,14 +182,16 @@ def _spread(facts: dict[str, Any], figure: str, digits: int) -> str:
     return f"{found.mean:.{digits}f}{spread}"
 
 
-def _difference_rows(results: dict[str, Any]) -> list[Row]:
+def _pair_rows(
+    results: dict[str, Any], entries: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], Cell]
+) -> list[Row]:
     """A line for each pair of arms, a cell for each budget."""
     arms = list(results["arms"])
     rows: dict[tuple[str, str], Row] = {}
-    for entry in results["comparisons"]:
+    for entry in entries:
         arm, against = entry["arm"], entry["against"]
         row = rows.setdefault((arm, against), Row(f"{arm} against {against}", "", arms.index(arm), []))
-        row.cells.append(_difference(entry))
+        row.cells.append(cell(entry))
     return list(rows.values())
 
 
@@ -205,6 +208,16 @@ def _difference(entry: dict[str, Any]) -> Cell:
     unit = " tokens" if entry["budget"] == "tokens" else ""
     how = "read off" if entry["interpolated"] else "both end there"
     return Cell(heading, signed(entry["difference"]), (certainty, f"{spent}{unit}, {how}"))
+
+
+def _to_reach(entry: dict[str, Any]) -> Cell:
+    heading = {"tokens": "Tokens", "flops": "Training FLOPs", "seconds": "Training time"}[entry["budget"]]
+    if entry["ratio"] is None:
+        some = f"reached by {entry['reached']} of {entry['runs']} seeds" if entry["reached"] else "not reached"
+        return Cell(heading, DASH, (some if entry["runs"] else "not measured",))
+    own, other = (amount(value, entry["budget"]) for value in entry["spent"])
+    certainty = "95% interval {:.2f} to {:.2f}".format(*entry["ci95"]) if entry["ci95"] else "one run: no interval"
+    return Cell(heading, f"{entry['ratio']:.2f} ×", (certainty, f"{own} against {other}"))
 
 
 def _run_row(results: dict[str, Any], run: Run) -> Row:

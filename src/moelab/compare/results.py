@@ -36,6 +36,7 @@ def build_results(
         "data": _same_text(runs),
         "arms": {arm: _arm(comparison, arm, runs) for arm in comparison.names},
         "comparisons": _comparisons(comparison, runs, "test" if sweep else "valid"),
+        "to_reach": _to_reach(comparison, runs),
         "split": "test" if sweep else "valid",
         "sweep": sweep,
         "preset": comparison.preset,
@@ -142,15 +143,50 @@ def _environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _comparisons(comparison: Comparison, runs: Sequence[Run], split: str) -> list[dict[str, Any]]:
+    return [
+        _difference(runs, arm, against, budget, budget in comparison.budgets, split)
+        for arm, against in _pairs(comparison)
+        for budget in BUDGETS
+    ]
+
+
+def _to_reach(comparison: Comparison, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    return [_ratio(runs, arm, against, budget) for arm, against in _pairs(comparison) for budget in BUDGETS]
+
+
+def _pairs(comparison: Comparison) -> list[tuple[str, str]]:
+    """The arms that a comparison is about, two by two: each against the first, and moe against dense-wide."""
     first, *others = comparison.names
     pairs = [(arm, first) for arm in others]
     if {"moe", "dense-wide"} <= set(others):
         pairs.append(("moe", "dense-wide"))
-    return [
-        _difference(runs, arm, against, budget, budget in comparison.budgets, split)
-        for arm, against in pairs
-        for budget in BUDGETS
+    return pairs
+
+
+def _ratio(runs: Sequence[Run], arm: str, against: str, budget: str) -> dict[str, Any]:
+    """One entry of `to_reach`: what each arm had spent when it first was at the final validation loss of `against`.
+
+    Of the runs of equal tokens, seed by seed; `ratio` is the arm's over that of `against`, and absent unless every
+    seed reached the loss, since those that did alone would flatter the arm.
+    """
+    pairs = [
+        pair
+        for pair in _pairs_of_seeds(runs, arm, against, budget, trained_to_it=False)
+        if budget != "seconds" or _same_device(*pair)
     ]
+    spent = [[run.curve(budget).spent_to(right.loss) for run in (left, right)] for left, right in pairs]
+    reached = [(own, other) for own, other in spent if own is not None and other is not None]
+    found = estimate([own / other for own, other in reached]) if len(reached) == len(pairs) else None
+    return {
+        "arm": arm,
+        "against": against,
+        "budget": budget,
+        "ratio": found.mean if found else None,
+        "ci95": list(found.ci95) if found and found.ci95 else None,
+        "runs": len(pairs),
+        "reached": len(reached),
+        "spent": [sum(amounts) / len(reached) for amounts in zip(*reached, strict=True)] if found else None,
+    }
 
 
 def _difference(

@@ -23,6 +23,19 @@ class Curve:
             return None
         return float(np.interp(budget, self.spent, self.loss))
 
+    def spent_to(self, loss: float) -> float | None:
+        """What had been spent when the loss first was at or below `loss`; None if it never was.
+
+        On the straight line from the evaluation before, which lies above a curve that flattens out: no less than was
+        needed. A loss that was reached before the first evaluation is given what had been spent by then.
+        """
+        reached = np.flatnonzero(self.loss <= loss)
+        if not len(reached):
+            return None
+        after = int(reached[0])
+        before = max(0, after - 1)
+        return float(np.interp(loss, self.loss[[after, before]], self.spent[[after, before]]))
+
 
 @dataclass(frozen=True)
 class Estimate:
