@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -166,8 +167,8 @@ def _pairs(comparison: Comparison) -> list[tuple[str, str]]:
 def _ratio(runs: Sequence[Run], arm: str, against: str, budget: str) -> dict[str, Any]:
     """One entry of `to_reach`: what each arm had spent when it first was at the final validation loss of `against`.
 
-    Of the runs of equal tokens, seed by seed; `ratio` is the arm's over that of `against`, and absent unless every
-    seed reached the loss, since those that did alone would flatter the arm.
+    Of the runs of equal tokens, seed by seed; `ratio` is the arm's over that of `against`, the geometric mean, with the
+    interval of the logarithms. It is absent unless every seed reached the loss: those that did would flatter the arm.
     """
     pairs = [
         pair
@@ -176,13 +177,13 @@ def _ratio(runs: Sequence[Run], arm: str, against: str, budget: str) -> dict[str
     ]
     spent = [[run.curve(budget).spent_to(right.loss) for run in (left, right)] for left, right in pairs]
     reached = [(own, other) for own, other in spent if own is not None and other is not None]
-    found = estimate([own / other for own, other in reached]) if len(reached) == len(pairs) else None
+    found = estimate([math.log(own / other) for own, other in reached]) if len(reached) == len(pairs) else None
     return {
         "arm": arm,
         "against": against,
         "budget": budget,
-        "ratio": found.mean if found else None,
-        "ci95": list(found.ci95) if found and found.ci95 else None,
+        "ratio": math.exp(found.mean) if found else None,
+        "ci95": [math.exp(end) for end in found.ci95] if found and found.ci95 else None,
         "runs": len(pairs),
         "reached": len(reached),
         "spent": [sum(amounts) / len(reached) for amounts in zip(*reached, strict=True)] if found else None,

@@ -1,0 +1,417 @@
+"""A page that reads the reference results: where the experts paid, how soon, and what they were worth in compute.
+
+It is made of what `reference.py` stored in a folder: SIZE/results.json of each comparison, and SIZE/wikitext-103.json
+with the scores of its runs. What is not there is said to be missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scaling import FEWEST, Point, PowerLaw, fit
+
+from moelab.compare import Comparison
+from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture, new_figure
+from moelab.compare.results import measured
+from moelab.compare.statistics import estimate
+from moelab.compare.words import DASH, FLOPS, duration, memory, percent, quantity, signed, spans_zero
+from moelab.training.loop import write_aside
+
+WIKITEXT = "wikitext-103.json"
+PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
+BUDGETS = ("tokens", "flops", "seconds")
+GOAL = ("124m", 0.7)
+"""Share of the dense arm's training time in which the MoE of that size is to be at its final loss."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is there of one size."""
+
+    name: str
+    results: dict[str, Any]
+    scores: dict[str, dict[str, Any]]
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = self.results["arms"]
+        return found
+
+    @property
+    def context(self) -> int:
+        return int(next(iter(self.arms.values()))["model"]["context"])
+
+    def mean(self, arm: str, figure: str) -> float | None:
+        """Over the runs of equal tokens."""
+        found = estimate(measured(self.arms[arm], figure))
+        return found.mean if found else None
+
+    def score(self, arm: str, figure: str) -> float | None:
+        """Of WikiText-103's test split, over the runs that were scored; None unless all were."""
+        runs = [run["folder"] for run in self.arms[arm]["runs"] if run["budget"] == "tokens"]
+        found = estimate([self.scores[run][figure] for run in runs if run in self.scores])
+        return found.mean if found and found.runs == len(runs) else None
+
+    def entry(self, of: str, arm: str, against: str, budget: str) -> dict[str, Any] | None:
+        """One of the entries `of` results.json: comparisons or to_reach."""
+        key = (arm, against, budget)
+        return next((e for e in self.results.get(of, []) if (e["arm"], e["against"], e["budget"]) == key), None)
+
+
+def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
+    """Writes README.md, and a picture of each fit, into the folder that the results lie in; returns the page."""
+    stored = [found for name in planned if (found := _stored(folder, name))]
+    fits = Fits(stored)
+    folder.mkdir(parents=True, exist_ok=True)
+    for group, law in fits.laws.items():
+        (folder / _picture_name(group)).write_bytes(_picture(fits, group, law).files()["compute.svg"])
+    parts = [
+        "# Reference results",
+        "The experiment of the project that moelab grows out of, with the same tokens for every arm. "
+        "`python benchmarks/reference.py` trains it, and writes this page from the JSON files beside it.",
+        *_what_was_run(stored, planned),
+        *_where_it_won(stored),
+        *_how_soon(stored),
+        *_worth(fits),
+        *_losses(stored),
+        *_speeds(stored),
+        *_again(stored),
+    ]
+    page = folder / "README.md"
+    write_aside(page, "\n\n".join(parts) + "\n")
+    return page
+
+
+def _stored(folder: Path, name: str) -> Stored | None:
+    try:
+        results = json.loads((folder / name / "results.json").read_text())
+    except FileNotFoundError:
+        return None
+    scores = folder / name / WIKITEXT
+    return Stored(name, results, json.loads(scores.read_text()) if scores.exists() else {})
+
+
+def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -> list[str]:
+    rows, there = [], {one.name: one for one in stored}
+    for name, plan in planned.items():
+        one = there.get(name)
+        missing = _missing(one, plan)
+        if one is None:
+            rows.append([name, f"{plan.model.context:,}", DASH, DASH, DASH, missing])
+            continue
+        training, arm = one.results["training"], next(iter(one.arms.values()))
+        seeds = len(one.results["seeds"])
+        rows.append(
+            [
+                f"[{name}]({name}/report.html)",
+                f"{one.context:,}",
+                f"{training['steps']:,} × {training['batch_size'] * training['accumulation']}",
+                f"{arm['runs'][0]['tokens']:,}",
+                f"{', '.join(one.arms)}; {seeds} seed{'s' * (seeds > 1)}",
+                missing,
+            ]
+        )
+    headings = ["size", "context", "steps × sequences", "tokens of each run", "compared", "not run"]
+    notes = [
+        "Losses are next-token cross-entropy in nats per token. Every arm of a size saw the same batches. Learning "
+        "rates are those of that project for every arm; none was tuned. Where a size has one seed there is no "
+        "interval, and another seed may turn a small difference around.",
+    ]
+    return ["## What was run", _table(headings, rows), *notes] if stored else [
+        "## What was run", "Nothing is stored here yet.", _table(headings, rows),
+    ]  # fmt: skip
+
+
+def _missing(one: Stored | None, plan: Comparison) -> str:
+    """The planned arms and seeds that results.json does not have."""
+    have = set() if one is None else {(arm, seed) for arm in one.arms for seed in one.results["seeds"]}
+    absent: dict[str, list[int]] = {}
+    for arm in plan.arms:
+        for seed in plan.seed_values:
+            if (arm, seed) not in have:
+                absent.setdefault(arm, []).append(seed)
+    if len(absent) == len(plan.arms) and all(len(seeds) == plan.seeds for seeds in absent.values()):
+        return "all of it"
+    whole = plan.seeds
+    told = [arm if len(seeds) == whole else f"{arm} seed {', '.join(map(str, seeds))}" for arm, seeds in absent.items()]
+    return "; ".join(told) or DASH
+
+
+def _where_it_won(stored: Sequence[Stored]) -> list[str]:
+    rows = []
+    for one in stored:
+        for arm, against in PAIRS:
+            entries = [one.entry("comparisons", arm, against, budget) for budget in BUDGETS]
+            if any(entries):
+                rows.append([one.name, arm, against, *map(_verdict, entries)])
+    if not rows:
+        return []
+    text = (
+        "Difference of the loss on the held-out text, with its 95 % interval over the seeds in brackets. *read off*: "
+        "the dearer arm's loss is its curve's where the cheaper arm ended; its learning rate had not come down there, "
+        "which flatters the cheaper arm."
+    )
+    headings = ["size", "arm", "against", "at equal tokens", "at equal training FLOPs", "in equal training time"]
+    return ["## Where the experts won", text, _table(headings, rows)]
+
+
+def _verdict(entry: dict[str, Any] | None) -> str:
+    if entry is None or entry["difference"] is None:
+        return "not measured"
+    difference = entry["difference"]
+    interval = " ({} to {})".format(*map(signed, entry["ci95"])) if entry["ci95"] else ""
+    if entry["ci95"] and spans_zero(entry):
+        words = f"no difference shown, {signed(difference)}"
+    elif round(difference, 3) == 0:
+        words = "the same to 0.001"
+    else:
+        words = f"**{'won' if difference < 0 else 'lost'}**, {signed(difference)}"
+    return words + interval + (", *read off*" if entry["interpolated"] else "")
+
+
+def _how_soon(stored: Sequence[Stored]) -> list[str]:
+    rows = []
+    for one in stored:
+        for arm, against in (*PAIRS, ("dense-wide", "dense")):
+            entries = [one.entry("to_reach", arm, against, budget) for budget in BUDGETS]
+            if any(entries):
+                rows.append([one.name, arm, against, *map(_ratio, entries), _times(entries[-1])])
+    if not rows:
+        return []
+    text = (
+        "What an arm had spent when its loss was first at the final loss of the other, over what that one had spent "
+        "for it: below 1, less was enough. It is read between two evaluations off a schedule that went on; one that "
+        "ends there would need less."
+    )
+    headings = ["size", "arm", "to the loss of", "tokens", "training FLOPs", "training time", "seconds"]
+    return ["## How soon the same loss", text, _table(headings, rows), _goal(stored)]
+
+
+def _ratio(entry: dict[str, Any] | None) -> str:
+    if entry is None or not entry["runs"]:
+        return "not measured"
+    if entry["ratio"] is None:
+        return f"reached by {entry['reached']} of {entry['runs']} seeds" if entry["reached"] else "not reached"
+    return f"{entry['ratio']:.2f} ×" + (" ({:.2f} to {:.2f})".format(*entry["ci95"]) if entry["ci95"] else "")
+
+
+def _times(entry: dict[str, Any] | None) -> str:
+    return "{:,.1f} against {:,.1f}".format(*entry["spent"]) if entry and entry["spent"] else DASH
+
+
+def _goal(stored: Sequence[Stored]) -> str:
+    size, goal = GOAL
+    one = next((found for found in stored if found.name == size), None)
+    asked = (
+        f"The goal: at {size}, an arm with experts at dense's final loss in at most {goal} of dense's training time. "
+    )
+    entries = [one.entry("to_reach", arm, "dense", "seconds") for arm in ("moe", "moe-matched")] if one else []
+    if not any(entry and entry["runs"] for entry in entries):
+        return f"{asked}It was not measured."
+    best = min((e for e in entries if e and e["ratio"] is not None), key=lambda e: e["ratio"], default=None)
+    if best is None:
+        return f"{asked}**Missed**: none was there at the end of its run."
+    return f"{asked}**{'Met' if best['ratio'] <= goal else 'Missed'}** by {best['arm']}, in {best['ratio']:.2f} of it."
+
+
+# What the loss is worth in dense compute
+
+
+class Fits:
+    """Runs of one context and number of tokens, and the law of their dense ones."""
+
+    def __init__(self, stored: Sequence[Stored]) -> None:
+        self.dense: dict[tuple[int, int], list[Point]] = {}
+        self.experts: dict[tuple[int, int], list[Point]] = {}
+        for one in stored:
+            for arm, facts in one.arms.items():
+                group = (one.context, facts["runs"][0]["tokens"])
+                kind = self.dense if facts["model"]["moe"] is None else self.experts
+                losses, compute = measured(facts, "val_loss"), facts["flops_per_token"] * facts["runs"][0]["tokens"]
+                kind.setdefault(group, []).append(Point(f"{one.name} {arm}", compute, float(np.mean(losses))))
+        found = {group: fit(points) for group, points in self.dense.items() if group in self.experts}
+        self.laws = {group: law for group, law in found.items() if law is not None}
+        self.without = {group: len(self.dense[group]) for group, law in found.items() if law is None}
+
+
+def _worth(fits: Fits) -> list[str]:
+    parts = []
+    for group, law in fits.laws.items():
+        parts += _law_words(group, law)
+        headings = ["run with experts", "loss", "its training FLOPs", "dense FLOPs for that loss", "dense ÷ its own"]
+        rows = [_worth_row(law, point) for point in fits.experts[group]]
+        parts += [_table(headings, rows), f"![Loss over training compute]({_picture_name(group)})"]
+    for (context, tokens), runs in fits.without.items():
+        parts.append(
+            f"At context {context:,} and {quantity(tokens)} tokens: no fit. It needs dense runs of {FEWEST} or more "
+            f"amounts of compute, over which the loss falls; there are {runs} dense runs."
+        )
+    if not parts:
+        return []
+    text = (
+        "The training FLOPs of a dense run that would reach the loss of a run with experts, over the FLOPs of that "
+        "run, by a fit over dense runs (`dense` and `dense-wide`) of one context and number of tokens. It says what a "
+        "larger dense model would cost on the same tokens, and not what the best mix of size and tokens would."
+    )
+    return ["## By how much compute", text, *parts]
+
+
+def _law_words(group: tuple[int, int], law: PowerLaw) -> list[str]:
+    (context, tokens), (least, most) = group, law.range
+    floor = f"{law.floor:.3f} + " if law.floor else ""
+    why = "" if law.floor else " (no floor: too few amounts of compute to tell one, or none found)"
+    words = (
+        f"Context {context:,}, {quantity(tokens)} tokens: L(C) = {floor}{law.drop:.3f} · "
+        f"(C / {quantity(law.unit, FLOPS)}FLOP)^−{law.exponent:.3f}{why}, fitted to {len(law.points)} runs from "
+        f"{quantity(least, FLOPS)}FLOP to {quantity(most, FLOPS)}FLOP."
+    )
+    rows = [
+        [point.name, f"{quantity(point.compute, FLOPS)}FLOP", f"{point.loss:.4f}", f"{residual:+.4f}".replace("-", "−")]
+        for point, residual in zip(law.points, law.residuals, strict=True)
+    ]
+    return [words, _table(["dense run", "training FLOPs", "loss", "above the fit"], rows)]
+
+
+def _worth_row(law: PowerLaw, run: Point) -> list[str]:
+    compute = law.compute(run.loss)
+    worth = "∞" if compute is None else f"{quantity(compute, FLOPS)}FLOP"
+    return [run.name, f"{run.loss:.4f}", f"{quantity(run.compute, FLOPS)}FLOP", worth, _multiplier(law, run)]
+
+
+def _multiplier(law: PowerLaw, run: Point) -> str:
+    """Dense compute over the run's own; outside of the fit's range only what the range says, and that it is left."""
+    least, most = law.range
+    compute = law.compute(run.loss)
+    if compute is None or compute > most:
+        further = "none, by the fit's floor" if compute is None else f"{compute / run.compute:.2f} × by the fit"
+        return f"more than {most / run.compute:.2f} ×; extrapolated: {further}"
+    if compute < least:
+        return f"less than {least / run.compute:.2f} ×; extrapolated: {compute / run.compute:.2f} × by the fit"
+    worst = max(map(abs, law.residuals))
+    bounds = [law.compute(run.loss + worst), law.compute(run.loss - worst)]
+    told = [DASH if bound is None else f"{bound / run.compute:.2f}" for bound in bounds]
+    return f"**{compute / run.compute:.2f} ×** ({told[0]} to {told[1]} with the largest residual added and taken off)"
+
+
+def _picture_name(group: tuple[int, int]) -> str:
+    return f"compute-{group[0]}-{group[1]}.svg"
+
+
+def _picture(fits: Fits, group: tuple[int, int], law: PowerLaw) -> Picture:
+    """Dense runs, their law, dashed where it leaves their range, and the runs with experts."""
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(3.4)
+        axes = figure.subplots()
+        points = fits.dense[group] + fits.experts[group]
+        reach = [point.compute for point in points] + [law.compute(point.loss) or 0 for point in fits.experts[group]]
+        for low, high, line in ((*law.range, "-"), (law.range[1], min(max(reach), 20 * law.range[1]), "--")):
+            place = np.geomspace(low, max(low, high), 200)
+            axes.plot(place, [law.loss(c) for c in place], color=ARM_COLOURS[0], linestyle=line, linewidth=1.2)
+        for index, (kind, marker) in enumerate(((fits.dense[group], "o"), (fits.experts[group], "s"))):
+            for point in kind:
+                axes.plot(point.compute, point.loss, marker, color=ARM_COLOURS[index])
+                axes.annotate(
+                    point.name, (point.compute, point.loss), xytext=(5, 3), textcoords="offset points", fontsize=8,
+                    color=ARM_COLOURS[index],
+                )  # fmt: skip
+        axes.set_xscale("log")
+        axes.margins(x=0.18)
+        axes.grid(visible=False, which="minor")
+        axes.set_xlabel("training FLOPs")
+        axes.set_ylabel("loss, nats per token")
+        axes.spines["bottom"].set_color(LIGHT["muted"])
+    return Picture("compute", "Loss over training compute", "", figure)
+
+
+# The figures themselves
+
+
+def _losses(stored: Sequence[Stored]) -> list[str]:
+    rows = []
+    for one in stored:
+        for arm, facts in one.arms.items():
+            parameters = facts["parameters"]
+            rows.append(
+                [
+                    one.name,
+                    arm,
+                    f"{quantity(parameters['total'])} / {quantity(parameters['active'])}",
+                    _fixed(one.mean(arm, "val_loss"), 4),
+                    _fixed(one.mean(arm, "val_bits_per_byte"), 4),
+                    _fixed(one.score(arm, "loss"), 4),
+                    _fixed(one.score(arm, "word_perplexity"), 1),
+                    _fixed(one.score(arm, "bits_per_byte"), 4),
+                ]
+            )
+    if not rows:
+        return []
+    text = (
+        "Means over the seeds. WikiText-103 is its official test split as natural text (detokenized), in contexts of "
+        "the size's length without overlap; its word perplexity is over the words as published. None of these models "
+        "was trained on WikiText-103: these are not to be set beside results of models that were."
+    )
+    headings = [
+        "size", "arm", "parameters: total / active", "held-out loss", "bits per byte", "WikiText-103 loss",
+        "word perplexity", "bits per byte",
+    ]  # fmt: skip
+    return ["## Losses", text, _table(headings, rows)]
+
+
+def _speeds(stored: Sequence[Stored]) -> list[str]:
+    rows = [
+        [
+            one.name,
+            arm,
+            quantity(one.mean(arm, "tokens_per_second")),
+            percent(one.mean(arm, "mfu")),
+            memory(one.mean(arm, "peak_memory_bytes")),
+            duration(one.mean(arm, "seconds")),
+            f"{quantity(facts['flops_per_token'], FLOPS)}FLOP",
+        ]
+        for one in stored
+        for arm, facts in one.arms.items()
+    ]
+    text = (
+        "Means over the seeds, in training steps alone: evaluations, checkpoints and compilation are not counted. MFU "
+        "is of active FLOPs and the device's peak."
+    )
+    headings = ["size", "arm", "tokens/s", "MFU", "peak memory", "training time", "FLOPs of a token"]
+    return ["## Speed", text, _table(headings, rows)] if rows else []
+
+
+def _again(stored: Sequence[Stored]) -> list[str]:
+    """Commands, text, versions and devices, each once, with the sizes that have them."""
+    facts: dict[tuple[str, str], list[str]] = {}
+    for one in stored:
+        data, environments = one.results["data"], [entry["environment"] for entry in one.results["environments"]]
+        told = [("command", f"`{one.results['command']}`")]
+        told.append(
+            (
+                "text",
+                f"{data['name']}, {data['train_tokens']:,} tokens to train on and {data['valid_tokens']:,} held out, "
+                f"tokenizer {data['tokenizer']}, fingerprint `{data['fingerprint']}`",
+            )
+        )
+        told += [("WikiText-103", f"fingerprint `{s['fingerprint']}`") for s in one.scores.values()]
+        for environment in environments:
+            known = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in environment.items() if v is not None)
+            told.append(("environment", known))
+        for fact in dict.fromkeys(told):
+            facts.setdefault(fact, []).append(one.name)
+    rows = [[what, ", ".join(sizes), value] for (what, value), sizes in sorted(facts.items(), key=lambda f: f[0][0])]
+    return ["## How to make it again", _table(["", "sizes", ""], rows)] if rows else []
+
+
+def _fixed(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,321 @@
+"""The whole experiment of the project that moelab grows out of, with the same tokens for every arm.
+
+    python benchmarks/reference.py --text english.tar.xz --wikitext wikitext-103 --minutes 8
+    python benchmarks/reference.py --read --publish docs/results
+
+Each size is a folder of `moelab compare` below --out. The same command goes on where it stopped, run by run, and trains
+nothing twice. A finished run is scored on WikiText-103's test split and its checkpoints are deleted; so of --out
+everything but `checkpoints` of a run under way is small, and can be carried to another machine and gone on with there.
+Runs that have a checkpoint come first. At the end README.md in --out reads the results (`reading.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from reading import WIKITEXT, write_page
+from rich.console import Console
+
+from moelab.compare import Comparison, run_comparison
+from moelab.compare.plan import PlannedRun
+from moelab.config import DataConfig, RunFailed, UsageError
+from moelab.evaluation import score
+from moelab.presets import ARMS, preset
+from moelab.text import Tokenizer, prepare
+from moelab.training import load, train
+from moelab.training.checkpoint import has_checkpoint
+from moelab.training.loop import Interrupted, finished_summary, write_aside
+
+SEQUENCES = 8  # of a step, of every arm: the starting point's MoE batch
+EVALUATIONS = 40  # along a run; a loss that was reached is read off between two of them
+ALL_ARMS = ("dense", "moe", "dense-wide", "moe-matched")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One comparison of the experiment."""
+
+    preset: str
+    seeds: int = 1
+    arms: tuple[str, ...] = ALL_ARMS
+    context: int | None = None
+    """The preset's own when not given."""
+
+
+SIZES = {
+    "5m": Size("5m", seeds=3),
+    "40m": Size("40m", seeds=3),
+    "124m": Size("124m"),
+    # Dense loss over compute is fitted at one context, that of the two large sizes.
+    "5m-1024": Size("5m", arms=("dense", "moe", "dense-wide"), context=1024),
+    "40m-1024": Size("40m", arms=("dense", "moe", "dense-wide"), context=1024),
+    "350m": Size("350m"),
+}
+TRIAL = {"smoke": Size("smoke", seeds=2)}  # the same on a small scale, to see that all of it works
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Train, score and read the reference results."""
+
+    text: Path | None = None
+    """Text to train on: a file, a folder (its file valid.txt is held out), or a tar archive of one, which is unpacked
+    beside --out; this Python's standard library when not given."""
+    wikitext: Path | None = None
+    """WikiText-103's folder or zip; its test split is scored detokenized. Not scored when not given."""
+    ranks: Path | None = None
+    """GPT-2's ranks, offline."""
+    tokenizer: str = "gpt2"
+    """gpt2, bpe:VOCAB or bytes."""
+    out: Path = Path("runs/reference")
+    """Folder that everything is kept in; what is there is gone on with."""
+    only: str = ",".join(SIZES)
+    """Sizes to train, in this order; smoke is a trial of the whole."""
+    arms: str = ",".join(ALL_ARMS)
+    """Arms to train."""
+    seeds: str = "0,1,2"
+    """Seeds to train, of those that a size has."""
+    budgets: str = "tokens"
+    """tokens, and flops and seconds for runs that end at equal FLOPs and time, once all others of a size are there."""
+    steps: int = 5_000
+    """Optimizer steps of a run."""
+    minutes: float | None = None
+    """Stop training after so many minutes. The checkpoint of the run under way and the reports are written then."""
+    device: str = "auto"
+    """cuda, cuda:N, mps or cpu."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints and the tokenizer of finished runs."""
+    read: bool = False
+    """Train nothing and write no report; only write the page of what is there."""
+    publish: Path | None = None
+    """Also copy results, reports and scores to this folder, without the runs, and write the page there."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        reference(tyro.cli(Reference, args=words), shlex.join(["python", "benchmarks/reference.py", *words]))
+    except UsageError as problem:
+        print(f"reference.py: {problem}", file=sys.stderr)
+        return 2
+    except RunFailed as problem:
+        print(f"reference.py: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("reference.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def reference(settings: Reference, command: str) -> None:
+    """Trains what is missing until the time is over, and writes the reports and the page of what is there."""
+    console = Console()
+    data = DataConfig() if settings.read else data_config(settings)
+    planned = {name: comparison(size, settings, data) for name, size in {**SIZES, **TRIAL}.items()}
+    names = chosen(settings.only, planned, "only")
+    if not settings.read:
+        over = threading.Event()
+        try:
+            with time_limit(settings.minutes, over):
+                for name in names:
+                    train_size(planned[name], settings, settings.out / name, command, over)
+                    report(planned[name], settings.out / name, command, console)
+        except Interrupted:
+            if not over.is_set():
+                raise
+            console.print("The time is over; the same command goes on from here.")
+        for name in names:
+            report(replace(planned[name], budgets=("tokens",)), settings.out / name, command, console)
+            if not settings.keep_checkpoints:
+                for place in settings.out.glob(f"{name}/*-seed*-*"):  # of the further budgets: they are not scored
+                    tidy(place)
+    if settings.publish is not None:
+        publish(settings.out, settings.publish, names)
+    read = {name: planned[name] for name in dict.fromkeys([*SIZES, *names])}
+    for folder in filter(None, (settings.out, settings.publish)):
+        console.print(str(write_page(folder, read)), soft_wrap=True, highlight=False)
+
+
+def chosen(words: str, known: Iterable[str], setting: str) -> list[str]:
+    """The names that a flag lists. Raises `UsageError` on one that is not known, and on none."""
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    strange = next((name for name in names if name not in known), None)
+    if strange is not None or not names:
+        raise UsageError(f"{setting} = {strange or '(nothing)'}: give some of {', '.join(known)}")
+    return names
+
+
+def comparison(size: Size, settings: Reference, data: DataConfig) -> Comparison:
+    """The plan of a size: the starting point's settings, 8 sequences a step for every arm."""
+    base = preset(size.preset)
+    training = replace(
+        base.training,
+        steps=settings.steps,
+        warmup_steps=min(base.training.warmup_steps, settings.steps // 10),
+        batch_size=SEQUENCES,
+        accumulation=1,
+        evaluation_interval=max(10, settings.steps // EVALUATIONS),
+        checkpoint_interval=settings.steps,  # and where it is stopped: 21 GB each, of the 350M MoE
+        device=settings.device,
+    )
+    return Comparison(
+        preset=size.preset,
+        arms=size.arms,
+        seeds=size.seeds,
+        budgets=tuple(chosen(settings.budgets, ("tokens", "flops", "seconds"), "budgets")),
+        model=replace(base.model, context=size.context or base.model.context),
+        moe=base.moe,
+        data=data,
+        training=training,
+    )
+
+
+def data_config(settings: Reference) -> DataConfig:
+    """The text to train on, unpacked where it comes in an archive."""
+    if settings.text is None:
+        return DataConfig(tokenizer=settings.tokenizer, ranks=settings.ranks)
+    place = settings.text
+    if place.is_file() and tarfile.is_tarfile(place):
+        place = unpacked(place, settings.out.parent)
+    glob = "**/*.txt" if place.is_dir() else DataConfig().glob
+    return DataConfig(data=f"text:{place}", glob=glob, tokenizer=settings.tokenizer, ranks=settings.ranks)
+
+
+def unpacked(archive: Path, beside: Path) -> Path:
+    """The folder that an archive holds, unpacked once: a run that goes on reads the same path again."""
+    place = beside / archive.name.partition(".")[0]
+    if not place.exists():
+        aside = beside / f".{place.name}.unpacking"
+        shutil.rmtree(aside, ignore_errors=True)
+        with tarfile.open(archive) as files:
+            files.extractall(aside, filter="data")
+        inside = list(aside.iterdir())
+        os.replace(inside[0] if len(inside) == 1 and inside[0].is_dir() else aside, place)
+        shutil.rmtree(aside, ignore_errors=True)
+    return place
+
+
+@contextlib.contextmanager
+def time_limit(minutes: float | None, over: threading.Event) -> Iterator[None]:
+    """Sets `over` after so many minutes and interrupts the block, as SIGTERM does: a run then writes its checkpoint."""
+    inside = True
+
+    def stop(*_: object) -> None:
+        if inside:
+            raise Interrupted("stopped between two runs")
+
+    def ring() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    timer = None if minutes is None else threading.Timer(60 * minutes, ring)
+    try:
+        if timer is not None:
+            timer.start()
+        yield
+    finally:
+        inside = False
+        if timer is not None:
+            timer.cancel()
+            timer.join()  # or its signal could come when nobody expects it
+        signal.signal(signal.SIGTERM, before)
+
+
+def train_size(planned: Comparison, settings: Reference, folder: Path, command: str, over: threading.Event) -> None:
+    """Trains and scores the selected runs of one size, those first that have a checkpoint."""
+    arms = chosen(settings.arms, ARMS, "arms")
+    seeds = chosen(settings.seeds, [str(seed) for seed in range(3)], "seeds")
+    runs = [run for run in planned.runs() if run.config.arm in arms and str(run.config.training.seed) in seeds]
+    for plan in sorted(runs, key=lambda plan: not has_checkpoint(folder / plan.folder)):
+        if over.is_set():
+            raise Interrupted("stopped between two runs")
+        finish(plan, settings, folder, command)
+
+
+def finish(plan: PlannedRun, settings: Reference, folder: Path, command: str) -> None:
+    """Trains a run to its end, scores it on WikiText-103, and tidies it up."""
+    place = folder / plan.folder
+    if finished_summary(place) is None:
+        print(f"{place}", flush=True)
+        train(plan.config, place, resume=True, command=command)
+    scores = folder / WIKITEXT
+    known = json.loads(scores.read_text()) if scores.exists() else {}
+    if settings.wikitext is not None and plan.folder not in known and has_checkpoint(place):
+        known[plan.folder] = wikitext_score(place, settings.wikitext, settings.device)
+        write_aside(scores, json.dumps(known, indent=2) + "\n")
+    if not settings.keep_checkpoints and (settings.wikitext is None or plan.folder in known):
+        tidy(place)
+
+
+def tidy(place: Path) -> None:
+    """Deletes of a finished run what only going on with it, or scoring it, would need."""
+    if finished_summary(place) is not None:
+        for name in ("checkpoints", "tokenizer"):
+            shutil.rmtree(place / name, ignore_errors=True)
+
+
+def wikitext_score(place: Path, source: Path, device: str) -> dict[str, Any]:
+    """WikiText-103's test split as natural text, which is what the run was trained on; as `moelab eval --json`."""
+    tokenizer = Tokenizer.load(place / "tokenizer")
+    text = prepare(DataConfig("wikitext-103", source=source, detokenize=True), splits=("test",), tokenizer=tokenizer)
+    found = score(load(place, device), text.splits["test"], "test")
+    return found.as_json() | {"data": text.name, "form": text.form, "fingerprint": text.fingerprint}
+
+
+def report(planned: Comparison, folder: Path, command: str, console: Console) -> None:
+    """Writes results.json and the report of as much of a size as is finished, where they are not there yet."""
+    part = finished_part(planned, folder)
+    if part is None:
+        return
+    try:
+        stored = json.loads((folder / "results.json").read_text())
+        there = (tuple(stored["arms"]), tuple(stored["seeds"]), set(stored["budgets"]))
+    except (OSError, ValueError, KeyError):
+        there = ((), (), set())
+    if there[:2] != (part.names, tuple(part.seed_values)) or not set(part.budgets) <= there[2]:
+        run_comparison(part, folder, command, console)
+
+
+def finished_part(planned: Comparison, folder: Path) -> Comparison | None:
+    """The arms that are finished at the first seed, over as many seeds as all of them have; None of less than two."""
+    done = {
+        (run.config.arm, run.config.training.seed) for run in planned.runs() if finished_summary(folder / run.folder)
+    }
+    first, *further = planned.seed_values
+    arms = tuple(arm for arm in planned.arms if (arm, first) in done)
+    if len(arms) < 2:
+        return None
+    seeds = 1
+    for seed in further:
+        if not all((arm, seed) in done for arm in arms):
+            break
+        seeds += 1
+    whole = (arms, seeds) == (planned.arms, planned.seeds)
+    return replace(planned, arms=arms, seeds=seeds, budgets=planned.budgets if whole else ("tokens",))
+
+
+def publish(out: Path, to: Path, names: Sequence[str]) -> None:
+    """Copies what a reader wants of each size: results, report and scores."""
+    for name in names:
+        for file in ("results.json", "report.html", WIKITEXT):
+            if (out / name / file).exists():
+                (to / name).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(out / name / file, to / name / file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

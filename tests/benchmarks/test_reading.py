@@ -1,0 +1,138 @@
+"""The page that reads the reference results, of runs whose losses follow a known law."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reading import Fits, Stored, write_page
+
+from moelab.compare import Comparison
+from moelab.config import MoEConfig
+from moelab.presets import PRESETS, arm_model
+from moelab.training.loop import write_aside
+
+TOKENS = 40_960_000
+FLOPS = {"5m": 1.2e8, "40m": 5e8, "124m": 1.1e9, "350m": 2.9e9}
+WIDER = 1.5  # FLOPs of dense-wide and moe over those of dense
+
+
+def law(compute: float) -> float:
+    return 2.2 + 1.1 * (compute / 1e16) ** -0.3
+
+
+def entry(arm: str, budget: str, **figures: Any) -> dict[str, Any]:
+    return {"arm": arm, "against": "dense", "budget": budget} | figures
+
+
+def stored(size: str, worth: float, context: int = 1024, **changes: Any) -> dict[str, Any]:
+    """A size's results.json: dense runs on the law, and a moe with the loss of `worth` times its compute."""
+    model = PRESETS[size].model
+    arms: dict[str, Any] = {}
+    for arm, cost in {"dense": 1.0, "moe": WIDER, "dense-wide": WIDER}.items():
+        flops = int(FLOPS[size] * cost)
+        loss = law(flops * TOKENS * (worth if arm == "moe" else 1))
+        figures = {"val_loss": loss, "val_bits_per_byte": loss / 3, "tokens_per_second": 1e6, "mfu": None}
+        run = {"seed": 0, "budget": "tokens", "folder": f"{arm}-seed0", "tokens": TOKENS, "seconds": 60.0} | figures
+        shape = {"context": context, "moe": {"experts": 8} if arm_model(arm, model, MoEConfig()).moe else None}
+        parameters = {"total": 1_000_000, "active": 1_000_000, "embedding": 1}
+        arms[arm] = {"parameters": parameters, "flops_per_token": flops, "runs": [run], "model": shape}
+    return {
+        "arms": arms, "seeds": [0], "comparisons": [], "to_reach": [], "command": "python",
+        "training": {"steps": 5000, "batch_size": 8, "accumulation": 1},
+        "data": {"name": "x", "train_tokens": 1, "valid_tokens": 1, "tokenizer": "gpt2", "fingerprint": "ab"},
+        "environments": [{"environment": {"device": "a GPU", "driver": None}, "runs": []}],
+    } | changes  # fmt: skip
+
+
+def page(folder: Path, sizes: dict[str, dict[str, Any]]) -> str:
+    for name, results in sizes.items():
+        (folder / name).mkdir()
+        write_aside(folder / name / "results.json", json.dumps(results))
+    planned = {name: Comparison(preset=name) for name in PRESETS if name != "smoke"}
+    return write_page(folder, planned).read_text()
+
+
+def worth(text: str, run: str) -> str:
+    """The last cell of a run's row in the table of what its loss is worth."""
+    section = text.partition("## By how much compute")[2]
+    found = re.search(rf"^\| {run} .* \| ([^|]*) \|$", section, flags=re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@given(multiplier=st.floats(0.7, 2.0))
+def test_the_multiplier_that_losses_were_drawn_with_is_recovered(multiplier: float) -> None:
+    fits = Fits([Stored(size, stored(size, multiplier), {}) for size in FLOPS])
+    ((group, found),) = fits.laws.items()
+    assert group == (1024, TOKENS)
+    by_name = {point.name: point for point in fits.experts[group]}
+    for size in ("40m", "124m"):  # whose worth lies between the least and the most dense compute
+        run = by_name[f"{size} moe"]
+        compute = found.compute(run.loss)
+        assert compute is not None
+        assert compute / run.compute == pytest.approx(multiplier, rel=1e-3)
+
+
+def test_the_page_says_what_the_loss_is_worth_and_where_that_is_extrapolated(tmp_path: Path) -> None:
+    text = page(tmp_path, {size: stored(size, 1.8) for size in FLOPS})
+    assert worth(text, "124m moe").startswith("**1.80 ×** (1.80 to 1.80 with the largest residual")
+    assert worth(text, "350m moe").startswith("more than 1.00 ×; extrapolated: 1.80 × by the fit")
+    assert "fitted to 8 runs from 4.92 PFLOP to 178 PFLOP" in text
+    assert "L(C) = 2.200 + " in text
+    assert (tmp_path / f"compute-1024-{TOKENS}.svg").read_text().count("350m moe") == 1
+
+
+def test_a_loss_under_the_floor_is_beyond_every_dense_compute(tmp_path: Path) -> None:
+    sizes = {size: stored(size, 1.8) for size in FLOPS}
+    sizes["350m"]["arms"]["moe"]["runs"][0]["val_loss"] = 2.1
+    assert "extrapolated: none, by the fit's floor" in worth(page(tmp_path, sizes), "350m moe")
+
+
+def test_runs_of_another_context_have_no_part_in_a_fit(tmp_path: Path) -> None:
+    sizes = {size: stored(size, 1.3) for size in FLOPS}
+    sizes["5m"] = stored("5m", 1.3, context=256)
+    text = page(tmp_path, sizes)
+    assert "fitted to 6 runs" in text
+    assert "At context 256 and 41.0 M tokens: no fit." in text
+    assert "5m moe" not in text.partition("## By how much compute")[2].partition("## Losses")[0]
+
+
+def test_nothing_that_was_not_run_is_a_number(tmp_path: Path) -> None:
+    text = page(tmp_path, {})
+    assert "Nothing is stored here yet." in text
+    assert text.count("| all of it |") == 4
+    assert not re.search(r"\b0(\.0+)?\b", text)
+    assert "## Losses" not in text
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"difference": -0.054, "ci95": [-0.09, -0.018]}, "**won**, −0.054 (−0.090 to −0.018)"),
+        ({"difference": 0.021, "ci95": None}, "**lost**, +0.021"),
+        ({"difference": -0.02, "ci95": [-0.05, 0.01]}, "no difference shown, −0.020 (−0.050 to +0.010)"),
+        ({"difference": -0.0002, "ci95": None}, "the same to 0.001"),
+        ({"difference": -0.03, "ci95": None, "interpolated": True}, "**won**, −0.030, *read off*"),
+        ({"difference": None, "ci95": None}, "not measured"),
+    ],
+)
+def test_who_won_is_said_of_each_budget(tmp_path: Path, figures: dict[str, Any], said: str) -> None:
+    entries = [entry("moe", "tokens", **({"interpolated": False} | figures))]
+    text = page(tmp_path, {"5m": stored("5m", 1.0, comparisons=entries)})
+    assert f"| 5m | moe | dense | {said} | not measured | not measured |" in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(0.64, "**Met** by moe, in 0.64 of it."), (0.71, "**Missed** by moe, in 0.71 of it."), (None, "**Missed**: none")],
+)
+def test_the_goal_is_judged_at_its_size(tmp_path: Path, ratio: float | None, said: str) -> None:
+    reached = {"ratio": ratio, "ci95": None, "runs": 1, "reached": int(ratio is not None), "spent": None}
+    text = page(tmp_path, {"124m": stored("124m", 1.0, to_reach=[entry("moe", "seconds", **reached)])})
+    assert said in text

@@ -1,0 +1,126 @@
+"""The reference results: trained on a small scale, stopped and gone on with, scored, published and read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import SIZES, chosen, finished_part, main, unpacked
+
+from moelab.compare import Comparison
+from moelab.config import TrainingConfig, UsageError
+
+WORDS = "the cat sat on a mat and saw the dog that ran to the tree".split()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar archive of a folder with a held-out file, and something in WikiText-103's layout."""
+    place = tmp_path_factory.mktemp("texts")
+    lines = [" ".join(WORDS[(a * b) % 14 :] + WORDS[: (a + b) % 14]) + ".\n" for a in range(90) for b in range(40)]
+    (place / "english").mkdir()
+    (place / "english" / "shard-000.txt").write_text("".join(lines))
+    (place / "english" / "valid.txt").write_text("".join(lines[::20]))
+    with tarfile.open(place / "english.tar.xz", "w:xz") as archive:
+        archive.add(place / "english", "english")
+    (place / "wiki.test.tokens").write_text(" \n = Title = \n \n The cat sat on a @-@ mat . \n")
+    return place
+
+
+@pytest.fixture
+def command(texts: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("--only", "smoke", "--steps", "20", "--tokenizer", "bytes", "--device", "cpu", "--seeds", "0"),
+        *("--text", str(texts / "english.tar.xz"), "--wikitext", str(texts), "--out", str(tmp_path / "runs/reference")),
+    ]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "smoke" / "results.json").read_text())
+
+
+def stop_when_there_is(path: Path) -> threading.Thread:
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and not (path.exists() and path.read_text()):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_it_stops_goes_on_scores_and_publishes(command: list[str], tmp_path: Path, home: Path) -> None:
+    out = tmp_path / "runs/reference"
+    assert main([*command, "--minutes", "0"]) == 0  # the time was over before it began
+    assert "Nothing is stored here yet." in (out / "README.md").read_text()
+
+    stopping = stop_when_there_is(out / "smoke/moe-seed0/metrics.jsonl")
+    assert main([*command, "--arms", "dense,moe"]) == 130
+    stopping.join()
+    assert list((out / "smoke/moe-seed0/checkpoints").glob("step-*"))
+    assert not (out / "smoke/dense-seed0/checkpoints").exists()
+    assert not (out / "smoke/results.json").exists()
+
+    dense = (out / "smoke/dense-seed0/metrics.jsonl").stat().st_mtime_ns
+    assert main([*command, "--arms", "dense,moe"]) == 0
+    assert (out / "smoke/dense-seed0/metrics.jsonl").stat().st_mtime_ns == dense
+    assert not (out / "smoke/moe-seed0/checkpoints").exists()
+    assert list(results(out)["arms"]) == ["dense", "moe"]
+    assert results(out)["data"]["name"] == f"text:{tmp_path}/runs/english"
+    scores = json.loads((out / "smoke/wikitext-103.json").read_text())
+    assert list(scores) == ["dense-seed0", "moe-seed0"]
+    assert {(score["split"], score["data"]) for score in scores.values()} == {("test", "wikitext-103, detokenized")}
+
+    assert main([*command, "--read", "--publish", str(tmp_path / "published")]) == 0
+    files = {str(path.relative_to(tmp_path / "published")) for path in (tmp_path / "published").rglob("*.*")}
+    assert files == {"README.md", "smoke/results.json", "smoke/report.html", "smoke/wikitext-103.json"}
+    page = (tmp_path / "published/README.md").read_text()
+    assert page == (out / "README.md").read_text()
+    assert f"{scores['moe-seed0']['loss']:.4f}" in page
+    assert "| 350m | 1,024 | – | – | – | all of it |" in page
+    assert "dense seed 1; moe seed 1; dense-wide; moe-matched |" in page
+    assert "It was not measured." in page  # the goal, at 124m
+
+
+def test_what_is_finished_of_all_arms_is_compared(tmp_path: Path) -> None:
+    planned = Comparison(arms=("dense", "moe", "dense-wide"), seeds=3, training=TrainingConfig(steps=4))
+
+    def finish(*runs: str) -> Comparison | None:
+        for run in runs:
+            (tmp_path / run).mkdir()
+            (tmp_path / run / "summary.json").write_text('{"finished": true}')
+        return finished_part(planned, tmp_path)
+
+    assert finish("dense-seed0") is None
+    assert finish("dense-seed1", "moe-seed1") is None  # no arm to go with dense at the first seed
+    part = finish("moe-seed0")
+    assert part is not None
+    assert (part.arms, part.seeds) == (("dense", "moe"), 2)
+    assert finish("dense-seed2", "moe-seed2", *(f"dense-wide-seed{seed}" for seed in range(3))) == planned
+
+
+def test_an_archive_is_unpacked_once(texts: Path, tmp_path: Path) -> None:
+    place = unpacked(texts / "english.tar.xz", tmp_path)
+    assert sorted(path.name for path in place.iterdir()) == ["shard-000.txt", "valid.txt"]
+    (place / "valid.txt").unlink()
+    assert not (unpacked(texts / "english.tar.xz", tmp_path) / "valid.txt").exists()
+
+
+@pytest.mark.parametrize("words", ["5m,6m", "", "5m 40m"])
+def test_names_that_are_not_known_are_refused(words: str) -> None:
+    with pytest.raises(UsageError, match=r"only = .*give some of 5m, 40m"):
+        chosen(words, SIZES, "only")
+
+
+def test_bad_usage_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--arms", "dens", "--only", "smoke", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "reference.py: arms = dens: give some of dense, moe, dense-wide, moe-matched\n"
