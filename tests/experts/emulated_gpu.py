@@ -7,13 +7,25 @@ import ctypes
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moelab.experts import nvrtc
 
 ARGUMENTS = 14  # of a kernel, at most
-HEADER = Path(__file__).with_name("emulated_gpu.h")
+HERE = Path(__file__).parent
+EMULATED = {"ptx.cuh": HERE / "emulated_gpu.h", "hopper.cuh": HERE / "emulated_hopper.h"}
+
+
+class Map(ctypes.Structure):
+    """What emulated_hopper.h takes for a `TensorMap`: a tensor (rows, columns) and boxes of some rows."""
+
+    _fields_ = [("base", ctypes.c_longlong), ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("box", ctypes.c_int)]
+
+
+def _number(argument: int | Map) -> int:
+    return ctypes.addressof(argument) if isinstance(argument, Map) else argument
 
 
 class EmulatedLaunch:
@@ -29,7 +41,7 @@ class EmulatedLaunch:
         name: str,
         grid: tuple[int, int],
         block: tuple[int, int],
-        *arguments: int,
+        *arguments: Any,
         shared: int = 0,
     ) -> None:
         if 0 in grid:
@@ -37,10 +49,16 @@ class EmulatedLaunch:
         library = self._libraries.get(source)
         if library is None:
             library = self._libraries[source] = self._built(source)
-        two, given = ctypes.c_int * 2, ctypes.c_longlong * ARGUMENTS
-        together = grid[0] if source.file == "route.cu" else 1
-        stuck = library.run(getattr(library, name), two(*grid), two(*block), together, shared, given(*arguments))
+        cluster = int(dict(source.definitions(self.arch))["BLOCKS"])
+        together = {"route.cu": grid[0], "hopper.cu": cluster}.get(source.file, 1)
+        together = 1 if name == "sum_parts" else together
+        two, given = ctypes.c_int * 2, (ctypes.c_longlong * ARGUMENTS)(*map(_number, arguments))
+        stuck = library.run(getattr(library, name), two(*grid), two(*block), together, shared, given)
         assert not stuck, f"{name}: threads wait at a barrier that others never reach"
+
+    def map(self, t: torch.Tensor, rows: int) -> Map:
+        """For `nvrtc.Launch.map`."""
+        return Map(t.data_ptr(), t.shape[1], t.shape[0], rows)
 
     @contextlib.contextmanager
     def launches(self, device: torch.device) -> Iterator[EmulatedLaunch]:
@@ -49,11 +67,13 @@ class EmulatedLaunch:
 
     def _built(self, source: nvrtc.Source) -> ctypes.CDLL:
         library = self.folder / f"{len(list(self.folder.iterdir()))}.so"
-        code = (nvrtc.FOLDER / source.file).read_text()
+        names = [name for name in (*source.headers, source.file) if name not in EMULATED]
+        code = "\n".join((nvrtc.FOLDER / name).read_text() for name in names)
         code = code.replace("extern __shared__ int shared[];", "int* shared = dynamic_shared();")
         macros = [f"-D{name}={value}" for name, value in source.definitions(self.arch)]
         subprocess.run(
             ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "-x", "c++", "-", "-o", str(library)],
-            input=f'#include "{HEADER}"\n{code}', text=True, check=True,
+            input="".join(f'#include "{EMULATED[name]}"\n' for name in source.headers if name in EMULATED) + code,
+            text=True, check=True,
         )  # fmt: skip
         return ctypes.CDLL(str(library))

@@ -170,17 +170,30 @@ class Rows:
         )  # fmt: skip
         return d_z
 
-    def bias_gradient(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows (N, C) → the sum over each expert's (E, C), in fp32."""
+    def bias_gradient(self, rows: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
+        """rows (N, C) → the sum over each expert's (E, C), in fp32, each times its slot's weight where given."""
         experts, width = len(self.routing.offsets), rows.shape[1]
         out = rows.new_empty(experts, width)
         wide = _wide(width, rows)
         columns = 8 * (16 // rows.element_size() if wide else 1)
         self.launch(
             self.source, "bias_gradient", (-(-width // columns), experts), (32, WARPS), rows.data_ptr(),
-            self.routing.offsets.data_ptr(), out.data_ptr(), width, wide,
+            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), out.data_ptr(), width, wide,
         )  # fmt: skip
         return out
+
+    def slot_gradient(
+        self, partial: torch.Tensor, d_out_TD: torch.Tensor, bias_ED: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Gradients of the weights (T, K): sums of partial (N, B) fp32, and ⟨d_out, bias of the expert⟩."""
+        (tokens, top_k), width = self.indices_TK.shape, d_out_TD.shape[1]
+        d_weights_TK = partial.new_empty(tokens, top_k)
+        self._run(
+            "slot_gradient", tokens * top_k, partial.data_ptr(), self._row_of_slot, self._kept, d_out_TD.data_ptr(),
+            self.indices_TK.data_ptr(), _address(bias_ED), d_weights_TK.data_ptr(), tokens * top_k, top_k,
+            partial.shape[1], width, _wide(width, bias_ED, d_out_TD),
+        )  # fmt: skip
+        return d_weights_TK
 
     def clear_idle(self, d_in: torch.Tensor, d_out: torch.Tensor) -> None:
         """Zeros in two tensors (E, …) for experts without rows."""

@@ -22,6 +22,7 @@ import torch
 
 MEND = "pip install --upgrade 'moelab[cuda]'"
 FOLDER = Path(__file__).parent
+WITHOUT_ASKING = 48 * 1024  # bytes of dynamic shared memory
 
 
 def no_compiler() -> str | None:
@@ -57,25 +58,37 @@ def old_driver() -> str | None:
 
 
 class Source:
-    """A file of device code with `ptx.cuh` before it, and the macros that it is compiled with."""
+    """A file of device code with headers before it, and the macros that it is compiled with.
 
-    def __init__(self, file: str, *macros: tuple[str, int]) -> None:
-        self.file, self.macros = file, macros
+    Args:
+        file: in this folder.
+        macros: names and values.
+        headers: that stand before it.
+        feature: letter of the instructions that only one architecture has, as the "a" of sm_90a.
+        blocks: of a cluster; `cluster_blocks` when not given.
+    """
+
+    def __init__(
+        self, file: str, *macros: tuple[str, int], headers: tuple[str, ...] = ("ptx.cuh", "curve.cuh"),
+        feature: str = "", blocks: int | None = None,
+    ) -> None:  # fmt: skip
+        self.file, self.macros, self.headers, self.feature, self.blocks = file, macros, headers, feature, blocks
         self._kernels: dict[tuple[str, str], Any] = {}
 
     def text(self) -> str:
         """What the compiler reads; messages name lines of the files."""
-        return "\n".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text()}' for name in ("ptx.cuh", self.file))
+        return "\n".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text()}' for name in (*self.headers, self.file))
 
     def definitions(self, arch: str) -> list[tuple[str, str]]:
         """All macros for an architecture such as sm_90."""
-        return [(name, str(value)) for name, value in (*self.macros, ("BLOCKS", cluster_blocks(arch)))]
+        blocks = cluster_blocks(arch) if self.blocks is None else self.blocks
+        return [(name, str(value)) for name, value in (*self.macros, ("BLOCKS", blocks))]
 
     def compile(self, arch: str) -> bytes:
         """Machine code for an architecture. Needs no GPU."""
         from cuda.core import Program, ProgramOptions
 
-        options = ProgramOptions(arch=arch, std="c++17", define_macro=self.definitions(arch))
+        options = ProgramOptions(arch=arch + self.feature, std="c++17", define_macro=self.definitions(arch))
         return bytes(Program(self.text(), "c++", options).compile("cubin").code)
 
     def cubin(self, arch: str) -> bytes:
@@ -139,16 +152,32 @@ class Launch:
     def __init__(self, device: torch.device) -> None:
         from cuda.core import launch
 
-        self._launch = launch
+        self._launch, self._device = launch, device.index or 0
         self.arch = "sm_{}{}".format(*_capability(device))
         self._stream = _stream(torch.cuda.current_stream(device).cuda_stream)
 
     def __call__(
-        self, source: Source, name: str, grid: tuple[int, int], block: tuple[int, int], *arguments: int, shared: int = 0
+        self, source: Source, name: str, grid: tuple[int, int], block: tuple[int, int], *arguments: Any, shared: int = 0
     ) -> None:
-        """Arguments are addresses and 64-bit integers. An empty grid launches nothing."""
+        """Arguments are addresses, 64-bit integers and maps; shared in bytes. An empty grid launches nothing."""
         if 0 not in grid:
-            self._launch(self._stream, _shape(grid, block, shared), source.kernel(name, self.arch), *arguments)
+            kernel = source.kernel(name, self.arch)
+            if shared > WITHOUT_ASKING:
+                _allow(kernel, shared, self._device)
+            self._launch(self._stream, _shape(grid, block, shared), kernel, *arguments)
+
+    def map(self, t: torch.Tensor, rows: int) -> Any:
+        """How the tensor memory accelerator finds boxes of `rows` rows by 64 columns in t (R, C), 16 bits an element.
+
+        A row of a box has 128 bytes, swizzled by 128.
+        """
+        from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+        from cuda.core.utils import StridedMemoryView
+
+        bits = t.detach().view(torch.uint16)
+        return StridedMemoryView.from_any_interface(bits, stream_ptr=-1).as_tensor_map(
+            box_dim=(rows, 64), swizzle=TensorMapSwizzle.SWIZZLE_128B, l2_promotion=TensorMapL2Promotion.L2_128B
+        )
 
 
 @contextlib.contextmanager
@@ -170,6 +199,17 @@ def _make_current(device: int) -> None:
 
         Device(device).set_current()
         ready.add(device)
+
+
+@functools.cache
+def _allow(kernel: Any, shared: int, device: int) -> None:
+    """Lets a kernel have more shared memory than it has without asking."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, driver.CUdevice(device))
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{shared} bytes of shared memory: {status.name}")
 
 
 @functools.cache

@@ -5,14 +5,8 @@
 // where a row is not a multiple of 16 bytes or a pointer is not aligned (`wide` 0). Offsets are 64 bits wide. Sums run
 // in fp32 and in a fixed order: slots in the order of k, lanes by a tree, rows by their numbers.
 //
-// Compiled with one of FLOAT32, FLOAT16 and BFLOAT16, and with ACTIVATION, one of the numbers below. A grid is of
+// Compiled with one of FLOAT32, FLOAT16 and BFLOAT16, and with ACTIVATION (curve.cuh). A grid is of
 // blocks of 32 × WARPS threads. Pointers that may be 0 say so.
-
-#define GELU 0
-#define GELU_TANH 1
-#define RELU2 2
-#define SILU 3
-#define SWIGLU 4
 
 using Index = long long;
 
@@ -253,36 +247,6 @@ combine_backward(const Element* d_out, const Element* rows, const int* row_of_sl
 
 // Activation
 
-constexpr float LOG2E = 1.4426950408889634f;
-
-struct Curve {
-    float height, slope;
-};
-
-// act(x) and act'(x); of swiglu its gate's, silu.
-__device__ inline Curve curve(float x) {
-#if ACTIVATION == GELU
-    // Φ and its density share one exponential: erfc(y) = poly(1 / (1 + 0.3275911 y)) exp(−y²), y = |x| / √2, within
-    // 1.5e-7 (Abramowitz and Stegun 1964, 7.1.26; their coefficients halved).
-    const float t = reciprocal(1.0f + 0.23164190f * fabsf(x));
-    const float bell = power_of_2(-0.5f * LOG2E * x * x);
-    const float poly =
-        ((((0.53070271f * t - 0.72657601f) * t + 0.71070687f) * t - 0.14224837f) * t + 0.12741480f) * t;
-    const float tail = poly * bell;
-    const float below = x < 0.0f ? tail : 1.0f - tail;
-    return {x * below, below + 0.39894228f * x * bell};
-#elif ACTIVATION == GELU_TANH
-    const float s = reciprocal(1.0f + power_of_2(-1.5957691f * LOG2E * (x + 0.044715f * x * x * x)));
-    return {x * s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x)};
-#elif ACTIVATION == RELU2
-    const float above = x < 0.0f ? 0.0f : x;  // NaN stays NaN
-    return {above * above, 2.0f * above};
-#else
-    const float s = reciprocal(1.0f + power_of_2(-LOG2E * x));
-    return {x * s, s + x * s * (1.0f - s)};
-#endif
-}
-
 constexpr bool GATED = ACTIVATION == SWIGLU;
 constexpr int PARTS = GATED ? 2 : 1;  // of z: with swiglu the gate's F, then the value's
 
@@ -384,12 +348,22 @@ activate_backward(const Element* z, const Element* bias, const Index* indices, c
 constexpr int ACROSS = 8, DOWN = 32 * WARPS / ACROSS;  // threads of a block along columns and rows
 
 template <int V> __device__ void sum_columns(
-    const Element* __restrict__ rows, Element* __restrict__ out, Index start, Index end, Index width) {
+    const Element* __restrict__ rows, const float* __restrict__ weights, const int* __restrict__ slot_of_row,
+    Element* __restrict__ out, Index start, Index end, Index width) {
     __shared__ float partial[DOWN][ACROSS * V];
     const int thread = threadIdx.y * 32 + threadIdx.x, column = thread % ACROSS, down = thread / ACROSS;
     const Index at = (static_cast<Index>(blockIdx.x) * ACROSS + column) * V;
     float sum[V] = {};
-    if (at < width) {
+    if (at < width && weights) {
+#pragma unroll 4
+        for (Index row = start + down; row < end; row += DOWN) {
+            float value[V] = {};
+            add<V>(value, rows + row * width + at);
+            const float weight = weights[slot_of_row[row]];
+#pragma unroll
+            for (int j = 0; j < V; ++j) sum[j] += weight * value[j];
+        }
+    } else if (at < width) {
 #pragma unroll 4
         for (Index row = start + down; row < end; row += DOWN) add<V>(sum, rows + row * width + at);
     }
@@ -403,11 +377,47 @@ template <int V> __device__ void sum_columns(
     store(out + blockIdx.y * width + at, narrow(sum));
 }
 
-// rows (N, C) → out[e] (E, C), the sum over an expert's rows. Grid: (C / (ACROSS · elements an access), E).
+// rows (N, C) → out[e] (E, C), the sum over an expert's rows, each times the weight of its slot where weights is not 0.
+// Grid: (C / (ACROSS · elements an access), E).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-bias_gradient(const Element* rows, const int* offsets, Element* out, Index width, Index wide) {
+bias_gradient(const Element* rows, const float* weights, const int* slot_of_row, const int* offsets, Element* out,
+              Index width, Index wide) {
     const Index start = blockIdx.y ? offsets[blockIdx.y - 1] : 0, end = offsets[blockIdx.y];
-    BY_WIDTH(wide, sum_columns, rows, out, start, end, width);
+    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, out, start, end, width);
+}
+
+template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
+                                                  Index width) {
+    float sum = 0.0f;
+    for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
+        float a[V] = {}, b[V] = {};
+        add<V>(a, one + at);
+        add<V>(b, other + at);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += a[j] * b[j];
+    }
+    return sum;
+}
+
+// d_weights (T, K) = Σ of the slot's row in partial (N, B), and ⟨d_out[t], bias of its expert⟩ where bias is not 0; 0 for
+// a dropped slot.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const Element* d_out,
+              const Index* indices, const Element* bias, float* d_weights, Index slots, Index top_k, Index blocks,
+              Index width, Index wide) {
+    const Index slot = warp_of_grid();
+    if (slot >= slots) return;
+    const Index row = row_of_slot[slot];
+    float sum = 0.0f;
+    if (row < *kept) {
+        for (Index at = threadIdx.x; at < blocks; at += 32) sum += partial[row * blocks + at];
+        if (bias) {
+            const Element *dy = d_out + slot / top_k * width, *b = bias + indices[slot] * width;
+            sum += wide ? product_of_rows<LINE>(dy, b, width) : product_of_rows<1>(dy, b, width);
+        }
+    }
+    sum = sum_of_lanes(sum);
+    if (threadIdx.x == 0) d_weights[slot] = sum;
 }
 
 // Zeros in both weight gradients, of `size` elements an expert, of experts without rows. Grid: (any, E).

@@ -5,14 +5,21 @@ A driver, a PyTorch or a GPU that a backend was never run on is caught here, bef
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
 from types import ModuleType
 
 import torch
 
-from moelab.config import Activation
+from moelab.config import Activation, moelab_home
 from moelab.experts import reference
 
-TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 40, 20, 36, 5, 2  # rows that are no multiple of 16 bytes
+# Rows that are no multiple of 16 bytes, unless a backend names sizes D and F of its own that it takes (`TRIAL`).
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 40, 20, 36, 5, 2
+PATIENCE = 180  # seconds for a trial in a process of its own, compiling included
 TOLERANCE = 0.05  # relative; a wrong answer is far off, and bf16's rounding is ten times smaller
 
 
@@ -33,7 +40,43 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     One small call in fp32 and one in bf16 (fp16 on GPUs without bf16), with a dropped slot and an idle expert, against
     `reference` in float64 on the CPU: of what the backend takes, and with biases where it takes those. Waits for the
     device.
+
+    A backend with `identity` has kernels that wait for one another: it is tried in a process of its own first, where
+    one that waits for ever, or that takes the CUDA context with it, does no harm.
     """
+    return (_failure_apart(backend, device) if hasattr(backend, "identity") else None) or _failure(backend, device)
+
+
+def _failure_apart(backend: ModuleType, device: torch.device) -> str | None:
+    """`_failure` in another process, once for an identity of the backend: its answer is kept under MOELAB_HOME."""
+    name = backend.__name__
+    key = hashlib.sha256(json.dumps([name, *backend.identity(device)]).encode()).hexdigest()[:32]
+    kept = moelab_home() / "kernels" / f"{name.rpartition('.')[2]}-trial-{key}.json"
+    with contextlib.suppress(OSError, ValueError):
+        answer: str | None = json.loads(kept.read_text())
+        return answer
+    code = (
+        f"import json, torch, {name}; from moelab.experts.self_check import _failure; "
+        f"print(json.dumps(_failure({name}, torch.device({str(device)!r}))))"
+    )
+    try:
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        answer = f"a trial in a process of its own did not end in {PATIENCE} seconds"
+    except (subprocess.CalledProcessError, ValueError, IndexError) as problem:  # perhaps not the kernels' doing
+        said = getattr(problem, "stderr", "").strip().splitlines() or [str(problem)]
+        return f"a trial in a process of its own failed ({said[-1]})"
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(answer))
+    return answer
+
+
+def _failure(backend: ModuleType, device: torch.device) -> str | None:
+    """`failure` in this process."""
+    sizes = getattr(backend, "TRIAL", (WIDTH, HIDDEN))
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     with torch.inference_mode(False), torch.enable_grad():
         for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
@@ -41,9 +84,9 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
             if not bias and refusal(backend, dtype, "gelu", bias=False) is not None:
                 continue
             name = str(dtype).removeprefix("torch.")
-            expected = _results(reference, torch.float64, torch.device("cpu"), bias)
+            expected = _results(reference, torch.float64, torch.device("cpu"), bias, sizes)
             try:
-                found = _results(backend, dtype, device, bias)
+                found = _results(backend, dtype, device, bias, sizes)
             except Exception as problem:  # whatever it is, it is the reason that the user is told
                 line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
                 return f"a trial call in {name} failed ({line})"
@@ -54,17 +97,20 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     return None
 
 
-def _results(backend: ModuleType, dtype: torch.dtype, device: torch.device, bias: bool) -> dict[str, torch.Tensor]:
-    """Output and gradients of one call, as float64 on the CPU."""
+def _results(
+    backend: ModuleType, dtype: torch.dtype, device: torch.device, bias: bool, sizes: tuple[int, int]
+) -> dict[str, torch.Tensor]:
+    """Output and gradients of one call, D and F being `sizes`, as float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
+    width, hidden = sizes
     shapes = {
-        "x": (TOKENS, WIDTH),
+        "x": (TOKENS, width),
         "weights": (TOKENS, TOP_K),
-        "w_in": (EXPERTS, HIDDEN, WIDTH),
-        "w_out": (EXPERTS, WIDTH, HIDDEN),
+        "w_in": (EXPERTS, hidden, width),
+        "w_out": (EXPERTS, width, hidden),
     }
     if bias:
-        shapes |= {"b_in": (EXPERTS, HIDDEN), "b_out": (EXPERTS, WIDTH)}
+        shapes |= {"b_in": (EXPERTS, hidden), "b_out": (EXPERTS, width)}
     drawn = {name: torch.randn(shape, generator=generator, device="cpu") / 2 for name, shape in shapes.items()}
     upstream = torch.randn(shapes["x"], generator=generator, device="cpu").to(device, dtype)
     indices = torch.arange(TOKENS * TOP_K, device="cpu").view(TOKENS, TOP_K) * 7 % (EXPERTS - 1)  # the last one is idle

@@ -1,0 +1,163 @@
+// What a Hopper GPU has beyond the language (PTX ISA 8.0, target sm_90a): barriers in shared memory that count bytes,
+// the tensor memory accelerator, and products by a warpgroup. It stands after ptx.cuh and before hopper.cu.
+
+// A tensor and the box of it that is moved at once, as the driver encodes it.
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
+};
+#define MAP const __grid_constant__ TensorMap
+
+typedef unsigned Address;  // in shared memory, of this block
+
+extern __shared__ __align__(1024) unsigned char dynamic[];
+
+__device__ inline Address shared_base() { return static_cast<Address>(__cvta_generic_to_shared(dynamic)); }
+
+__device__ inline unsigned load_word(Address at) {
+    unsigned word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
+    return word;
+}
+
+__device__ inline void store_word(Address at, unsigned word) {
+    asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(word) : "memory");
+}
+
+__device__ inline uint4 load_line(Address at) {
+    uint4 line;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w) : "r"(at));
+    return line;
+}
+
+__device__ inline void clear_line(Address at) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
+}
+
+__device__ inline int rank_in_cluster() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Barriers: a phase ends when `count` have arrived and the bytes that they expect have come.
+
+__device__ inline void barrier_create(Address barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+}
+
+// Makes created barriers known to the cluster and to the tensor memory accelerator.
+__device__ inline void barriers_created() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_expect(Address barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives at the barrier at this address in a block of the cluster.
+__device__ inline void barrier_arrive(Address barrier, int block) {
+    Address there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(block));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(there) : "memory");
+}
+
+// Waits for the end of the phase of this parity; the phase before the first has parity 1 and has ended.
+__device__ inline void barrier_wait(Address barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+        "@ended bra past;\n"
+        "bra again;\n"
+        "past:\n"
+        "}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// Among the 128 threads of a warpgroup.
+__device__ inline void warpgroup_barrier(int warpgroup) {
+    asm volatile("bar.sync %0, 128;" :: "r"(warpgroup + 1) : "memory");
+}
+
+// What this thread has read and written in shared memory comes before what the tensor cores and the tensor memory
+// accelerator do there next.
+__device__ inline void before_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The tensor memory accelerator. A box comes as rows of 128 bytes, in which the 16-byte line l of row r stands at line
+// l ^ (r % 8); `to` is a multiple of 1,024. What is outside the tensor is 0.
+
+__device__ inline void tensor_load(const TensorMap& map, Address to, int x, int y, Address barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier) : "memory");
+}
+
+// To the same address in every block of the cluster, each of whose barriers hears of it.
+__device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, int y, Address barrier) {
+#if BLOCKS > 1
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1))
+        : "memory");
+#else
+    tensor_load(map, to, x, y, barrier);
+#endif
+}
+
+__device__ inline void tensor_prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
+
+// Registers of a warpgroup's threads, out of what the block was launched with.
+template <int COUNT> __device__ inline void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+template <int COUNT> __device__ inline void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+
+// Products by a warpgroup of boxes as the tensor memory accelerator leaves them. A descriptor says where an operand
+// stands (PTX ISA, "Shared memory matrix layout"). With its rows along the summed dimension (64 of it a row), groups of
+// 8 rows are 1,024 bytes apart. ACROSS, its rows along the other one, groups of 8 of the summed dimension are 1,024
+// bytes apart, and groups of 64 of the other one `far`.
+__device__ inline unsigned long long descriptor(Address at, int far) {
+    return 1ull << 62 | 1024ull >> 4 << 32 | static_cast<unsigned long long>(far >> 4) << 16 | (at & 0x3ffff) >> 4;
+}
+
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ inline void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
+}
+
+// d (64, 128) = a (64, 16) · b (16, 128), with `add` + d. Thread t holds of row 16·(t / 32) + t % 32 / 4, and of the row
+// 8 below, columns 8·i + 2·(t % 4) and the next, for i < 16: d[4·i], d[4·i + 1], and d[4·i + 2], d[4·i + 3].
+template <int A_ACROSS, int B_ACROSS>
+__device__ inline void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(
+        "{\n"
+        ".reg .pred add;\n"
+        "setp.ne.b32 add, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "%64, %65, add, 1, 1, %67, %68;\n"
+        "}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
+}
+
+// The compiler is not to move what is held here before or after this.
+__device__ inline void hold(float (&d)[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}

@@ -1,0 +1,247 @@
+"""Backend `hopper`: the products too in CUDA C++ (`hopper.cu`), for compute capability 9.0 and bf16.
+
+    x ──dispatch──▶ rows ──W_in, + b_in, activation──▶ z, h ──W_out, + b_out──▶ row outputs ──combine──▶ y
+
+Products run on warpgroup matrix units, fed by the tensor memory accelerator, with the activation and its backward in
+their epilogues; routing, dispatch and combine are those of the backend `cuda`.
+
+- What is kept for the backward pass is x, the activation's input z (N·F) and the routing. Rows of x are dispatched
+  again; the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
+- No float atomics and no host synchronisation: the same call twice gives the same bits, and a step can be captured.
+
+Both passes are operators of `torch.library`, with shapes for the compiler and a backward formula.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from moelab.config import Activation, UsageError
+from moelab.experts import cuda as rows_backend
+from moelab.experts import nvrtc
+from moelab.experts.cuda import Routing, Rows
+
+TRIAL = (128, 256)  # D and F of a self-check
+TILE = 128  # rows and columns of a product's tile, and its threads' warpgroups: hopper.cu
+THREADS = 384
+MOST_EXPERTS = 128
+STAGES, STAGE = 5, 32 * 1024
+SHARED = STAGES * STAGE + 2 * 2 * TILE * TILE + 8 * (2 * STAGES + 4) + 2 * 4 * (MOST_EXPERTS + 1)
+SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why this backend cannot be used on a device; None if it can."""
+    if (reason := rows_backend.unusable(device)) is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"needs compute capability 9.0, and this GPU has {major}.{minor}"
+    try:
+        from cuda.core import TensorMapDescriptor  # noqa: F401
+    except ImportError:
+        return f"needs cuda-core 1.2; {nvrtc.MEND}"
+    return None
+
+
+def identity(device: torch.device) -> tuple[str, ...]:
+    """What decides whether these kernels end: their source, and what compiles and runs them."""
+    from cuda.bindings import driver
+    from cuda.bindings import nvrtc as compiler
+
+    versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], torch.__version__)
+    return (_source("gelu", 1).text(), torch.cuda.get_device_name(device), repr(versions))
+
+
+def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
+    """Why calls of this kind are not taken; None if they are."""
+    if dtype != torch.bfloat16:
+        return f"takes bf16, and this is {str(dtype).removeprefix('torch.')}"
+    return "does not take swiglu" if activation == "swiglu" else None
+
+
+def expert_mlp(
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    indices_TK: torch.Tensor,
+    w_in: torch.Tensor,
+    w_out: torch.Tensor,
+    b_in: torch.Tensor | None,
+    b_out: torch.Tensor | None,
+    activation: Activation,
+) -> torch.Tensor:
+    """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
+    experts, hidden, width = w_in.shape
+    for name, size in (("width", width), ("expert-hidden", hidden)):
+        if size % TILE:
+            raise UsageError(f"{name} = {size}: the backend hopper takes multiples of {TILE}; use another backend")
+    if experts > MOST_EXPERTS:
+        raise UsageError(f"experts = {experts}: the backend hopper takes {MOST_EXPERTS}; use another backend")
+    y: torch.Tensor = torch.ops.moelab.hopper_experts(
+        _aligned(x_TD), weights_TK.contiguous(), indices_TK.long().contiguous(), _aligned(w_in), _aligned(w_out),
+        None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(), activation,
+    )[0]  # fmt: skip
+    return y
+
+
+def _aligned(t: torch.Tensor) -> torch.Tensor:
+    """Contiguous, from a multiple of 16 bytes on."""
+    t = t.contiguous()
+    return t if torch.compiler.is_compiling() or t.data_ptr() % 16 == 0 else t.clone()
+
+
+@functools.cache
+def _source(activation: str, blocks: int) -> nvrtc.Source:
+    number = rows_backend.ACTIVATIONS.index(activation)
+    headers = ("ptx.cuh", "curve.cuh", "hopper.cuh")
+    return nvrtc.Source("hopper.cu", ("ACTIVATION", number), headers=headers, feature="a", blocks=blocks)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+class Products:
+    """The kernels of `hopper.cu` for one call: rows (N, …) sorted by expert, of which each has a matrix."""
+
+    def __init__(self, launch: nvrtc.Launch, activation: str, offsets: torch.Tensor, device: torch.device) -> None:
+        self.launch, self.activation, self.offsets, self.device = launch, activation, offsets, device
+
+    def __call__(
+        self, name: str, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor, *, h: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None, z: torch.Tensor | None = None, weights: torch.Tensor | None = None,
+        slot_of_row: torch.Tensor | None = None, partial: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`up`, `down`, `slope` or `back` of rows (N, I) → out (N, O)."""
+        if len(rows) == 0:
+            return out
+        outside = out.shape[1]
+        blocks = _cluster(outside)
+        maps = (
+            self.launch.map(rows, TILE // blocks),
+            self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64),
+            self.launch.map(z if z is not None else out, TILE),
+        )
+        given = [0 if t is None else t.data_ptr() for t in (h, bias, weights, slot_of_row, partial)]
+        self._run(
+            name, blocks, *maps, self.offsets.data_ptr(), len(self.offsets), rows.shape[1], outside, out.data_ptr(),
+            *given,
+        )  # fmt: skip
+        return out
+
+    def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Σ over an expert's rows of d_y ⊗ x, like w (E, O, I): d_y (N, O), x (N, I)."""
+        experts, outside, inside = w.shape
+        if len(x) == 0:
+            return torch.zeros_like(w)
+        blocks, dw = _cluster(inside), torch.empty_like(w)
+        units = 4 * _multiprocessors(self.device)
+        even = len(x) * (outside // TILE) * (inside // TILE) // units  # rows of a unit of work, were all alike
+        longest = max(SHORTEST, -(-even // 64) * 64)
+        several = 2 * len(x) // longest if len(x) > longest else 0
+        parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
+        maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
+        self._run(
+            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, longest, dw.data_ptr(),
+            parts.data_ptr(),
+        )  # fmt: skip
+        self.launch(
+            _source(self.activation, blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
+            self.offsets.data_ptr(), dw.data_ptr(), outside * inside, longest,
+        )  # fmt: skip
+        return dw
+
+    def _run(self, name: str, blocks: int, *arguments: Any) -> None:
+        grid = (_multiprocessors(self.device) // blocks * blocks, 1)
+        self.launch(_source(self.activation, blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
+
+
+def _cluster(outside: int) -> int:
+    """Blocks of a cluster, which have neighbouring tiles of columns."""
+    return 2 if outside % (2 * TILE) == 0 else 1
+
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@torch.library.custom_op("moelab::hopper_experts", mutates_args=())
+def hopper_experts(
+    x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
+    b_in: torch.Tensor | None, b_out: torch.Tensor | None, activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """→ y (T, D), z (N, F) and the routing."""
+    with nvrtc.launches(x.device) as launch:
+        routing = rows_backend.route(launch, indices, w_in.shape[0])
+        kernels = Rows(launch, rows_backend._rows(x.dtype, activation), routing, indices)
+        products = Products(launch, activation, routing.offsets, x.device)
+        rows = kernels.dispatch(x)
+        z = x.new_empty(len(rows), w_in.shape[1])
+        h = torch.empty_like(z)
+        products("up", rows, w_in, z, h=h, bias=b_in)
+        outputs = products("down", h, w_out, rows)  # x's rows are not needed again
+        return kernels.combine(outputs, weights, b_out), z, *routing
+
+
+@hopper_experts.register_fake
+def _(x: Any, weights: Any, indices: Any, w_in: Any, w_out: Any, b_in: Any, b_out: Any, activation: str) -> Tensors:
+    slots = indices.numel()
+    row = indices.new_empty(slots, dtype=torch.int32)
+    offsets = indices.new_empty(w_in.shape[0], dtype=torch.int32)
+    return torch.empty_like(x), x.new_empty(slots, w_in.shape[1]), row, torch.empty_like(row), offsets
+
+
+@torch.library.custom_op("moelab::hopper_experts_backward", mutates_args=())
+def hopper_experts_backward(
+    dy: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, w_in: torch.Tensor,
+    w_out: torch.Tensor, b_in: torch.Tensor | None, b_out: torch.Tensor | None, z: torch.Tensor,
+    row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, offsets: torch.Tensor, activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """→ gradients of x, weights, w_in, w_out, b_in and b_out; of a bias that is None an empty tensor."""
+    dy = _aligned(dy)
+    with nvrtc.launches(dy.device) as launch:
+        routing = Routing(row_of_slot, slot_of_row, offsets)
+        kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
+        products = Products(launch, activation, offsets, dy.device)
+        d_outputs = kernels.dispatch(dy)
+        d_z, h = torch.empty_like(z), torch.empty_like(z)
+        partial = weights.new_empty(len(z), z.shape[1] // TILE)
+        products("slope", d_outputs, w_out, d_z, h=h, z=z, weights=weights, slot_of_row=slot_of_row, partial=partial)
+        d_weights = kernels.slot_gradient(partial, dy, b_out)
+        d_w_out = products.weight_gradient(d_outputs, h, w_out)
+        del h
+        d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(d_outputs, weights)
+        rows = kernels.dispatch(x)
+        d_w_in = products.weight_gradient(d_z, rows, w_in)
+        d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
+        d_x = kernels.combine(products("back", d_z, w_in, d_outputs))
+        return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
+
+
+@hopper_experts_backward.register_fake
+def _(
+    dy: Any, x: Any, weights: Any, indices: Any, w_in: Any, w_out: Any, b_in: Any, b_out: Any, *_: Any
+) -> Tensors:  # fmt: skip
+    biases = [x.new_empty(0) if b is None else torch.empty_like(b) for b in (b_in, b_out)]
+    return (*(torch.empty_like(t) for t in (x, weights, w_in, w_out)), *biases)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out = torch.ops.moelab.hopper_experts_backward(
+        dy, *tensors, ctx.activation
+    )
+    b_in, b_out = tensors[5:7]
+    biases = (None if b_in is None else d_b_in, None if b_out is None else d_b_out)
+    return d_x, d_weights, None, d_w_in, d_w_out, *biases, None
+
+
+hopper_experts.register_autograd(_backward, setup_context=_keep)

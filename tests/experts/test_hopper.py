@@ -1,0 +1,198 @@
+"""The products for Hopper: compiled, and run on an emulated GPU, where there is none; and on one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from emulated_gpu import EmulatedLaunch
+
+from moelab.config import UsageError
+from moelab.experts import hopper, nvrtc, reference, self_check
+
+needs_nvrtc = pytest.mark.skipif(
+    nvrtc.no_compiler() is not None, reason=f"nothing to compile with: {nvrtc.no_compiler()}"
+)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2", "silu"])
+def test_the_products_compile(activation: str, blocks: int) -> None:
+    code = hopper._source(activation, blocks).compile("sm_90")
+    for name in (b"up", b"down", b"slope", b"back", b"weight_gradient", b"sum_parts"):
+        assert b".text." + name in code
+
+
+def test_the_shared_memory_is_what_the_source_lays_out_and_a_multiprocessor_has() -> None:
+    source = (nvrtc.FOLDER / "hopper.cu").read_text()
+    named = dict(re.findall(r"\b(STAGES|MOST_EXPERTS) = (\d+)", source))
+    assert (int(named["STAGES"]), int(named["MOST_EXPERTS"])) == (hopper.STAGES, hopper.MOST_EXPERTS)
+    assert hopper.SHARED <= 227 * 1024 - 1024
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedLaunch:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels for the CPU with")
+    return EmulatedLaunch(tmp_path_factory.mktemp("emulated"), "sm_90")
+
+
+Shape = tuple[int, int, int, int, int]  # T, D, F, E, K
+
+
+def errors(shape: Shape, activation: str, bias: bool, indices: torch.Tensor, device: str = "cpu") -> list[float]:
+    """Relative errors of the output and of every gradient against float64."""
+    tokens, width, hidden, experts, top_k = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [
+        (tokens, width), (tokens, top_k), (experts, hidden, width), (experts, width, hidden), (experts, hidden),
+        (experts, width),
+    ]  # fmt: skip
+    drawn: list[torch.Tensor | None] = [
+        (torch.randn(size, generator=generator) / (size[-1] ** 0.5 if len(size) == 3 else 1)).bfloat16()
+        for size in sizes
+    ]
+    drawn = drawn if bias else [*drawn[:4], None, None]
+    upstream = torch.randn(tokens, width, generator=generator).bfloat16()
+
+    def results(module: ModuleType, dtype: torch.dtype, place: str) -> list[torch.Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        leaves = [
+            t if t is None else t.to(place, wide if i == 1 else dtype).requires_grad_() for i, t in enumerate(drawn)
+        ]
+        x, weights, *parameters = leaves
+        y = module.expert_mlp(x, weights, indices.to(place), *parameters, activation)
+        found = torch.autograd.grad(y, [t for t in leaves if t is not None], upstream.to(place, y.dtype))
+        return [t.detach().double().cpu() for t in (y, *found)]
+
+    pairs = zip(results(hopper, torch.bfloat16, device), results(reference, torch.float64, "cpu"), strict=True)
+    return [((one - other).norm() / other.norm()).item() for one, other in pairs]
+
+
+def routed(shape: Shape, routing: str) -> torch.Tensor:
+    tokens, _, _, experts, top_k = shape
+    if routing == "one-hot":
+        return torch.arange(top_k).expand(tokens, -1).contiguous()
+    generator = torch.Generator().manual_seed(1)
+    busy = max(top_k, experts - 1)  # the last expert is idle
+    indices = torch.stack([torch.randperm(busy, generator=generator)[:top_k] for _ in range(tokens)])
+    if routing == "dropped":
+        indices[::3, 0] = -1
+    return indices
+
+
+CASES = [
+    ((70, 128, 128, 2, 1), "gelu", False, "uneven"),
+    ((300, 256, 256, 3, 2), "gelu", True, "uneven"),  # clusters of two, several turns of the stages
+    ((200, 128, 256, 4, 2), "silu", True, "dropped"),
+    ((150, 256, 128, 3, 2), "relu2", True, "one-hot"),
+    ((1, 128, 128, 5, 2), "gelu_tanh", True, "uneven"),
+]
+
+
+@pytest.mark.parametrize(("shape", "activation", "bias", "routing"), CASES, ids=str)
+def test_emulated_outputs_and_gradients_are_those_of_float64(
+    shape: Shape, activation: str, bias: bool, routing: str, emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight gradient is cut into parts, which end where no block of rows does."""
+    monkeypatch.setattr(nvrtc, "launches", emulated.launches)
+    monkeypatch.setattr(hopper, "SHORTEST", 64)
+    assert max(errors(shape, activation, bias, routed(shape, routing))) <= 1e-2
+
+
+def test_rows_of_another_expert_or_of_nobody_stay_out_of_a_weight_gradient(emulated: EmulatedLaunch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    d_y, x = (torch.randn(120, 128, generator=generator).bfloat16() for _ in range(2))
+    d_y[50:], x[50:] = torch.nan, torch.nan
+    offsets = torch.tensor([50, 100], dtype=torch.int32)
+    products = hopper.Products(emulated, "gelu", offsets, torch.device("cpu"))  # type: ignore[arg-type]
+    found = products.weight_gradient(d_y, x, torch.empty(2, 128, 128, dtype=torch.bfloat16))
+    right = d_y[:50].double().T @ x[:50].double()
+    assert ((found[0].double() - right).norm() / right.norm()).item() <= 1e-2
+    assert found[1].isnan().all()
+
+
+def test_what_it_does_not_take_is_refused_in_one_line() -> None:
+    assert hopper.refuses(torch.float32, "gelu", True, False) == "takes bf16, and this is float32"
+    assert hopper.refuses(torch.bfloat16, "swiglu", True, False) == "does not take swiglu"
+    x, weights, indices = torch.zeros(4, 100), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64)
+    with pytest.raises(UsageError, match="width = 100: the backend hopper takes multiples of 128"):
+        hopper.expert_mlp(x, weights, indices, torch.zeros(2, 128, 100), torch.zeros(2, 100, 128), None, None, "gelu")
+
+
+TRIALS = {
+    "ends": ("pass", None),
+    "waits for ever": ("import time; time.sleep(60)", "did not end in 3 seconds"),
+    "crashes": ("import os; os.abort()", "failed"),
+}
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
+    trial: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it is not known to end; what is known is kept."""
+    does, said = TRIALS[trial]
+    (tmp_path / "waiting.py").write_text(
+        "from moelab.experts.reference import expert_mlp as right\n"
+        "def identity(device): return ()\n"
+        f"def expert_mlp(*given):\n    if __name__ in open({str(tmp_path / 'asked')!r}).read(): {does}\n"
+        "    return right(*given)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(self_check, "PATIENCE", 3 if trial == "waits for ever" else 100)
+    (tmp_path / "asked").write_text("waiting")
+    import waiting  # type: ignore[import-not-found]
+
+    if trial == "ends":
+        assert self_check.failure(waiting, torch.device("cpu")) is None
+        assert len(list((home / "kernels").iterdir())) == 1
+    else:
+        found = self_check.failure(waiting, torch.device("cpu"))
+        assert found is not None
+        assert said is not None
+        assert said in found
+    sys.modules.pop("waiting")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "activation", "bias", "routing"), CASES, ids=str)
+def test_outputs_and_gradients_on_a_gpu_are_those_of_float64(
+    shape: Shape, activation: str, bias: bool, routing: str
+) -> None:
+    device = torch.device("cuda")
+    if (reason := hopper.unusable(device)) is not None:
+        pytest.skip(reason)
+    assert self_check.failure(hopper, device) is None
+    larger = (shape[0] * 40, *shape[1:])
+    assert max(errors(larger, activation, bias, routed(larger, routing), "cuda")) <= 1e-2
+
+
+@pytest.mark.gpu
+def test_the_same_call_on_a_gpu_gives_the_same_bits() -> None:
+    device = torch.device("cuda")
+    if (reason := hopper.unusable(device)) is not None:
+        pytest.skip(reason)
+    assert self_check.failure(hopper, device) is None
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(5000, 512, device="cuda", generator=generator).bfloat16().requires_grad_()
+    w_in, w_out = (
+        torch.randn(8, *s, device="cuda", generator=generator).bfloat16() for s in ((1024, 512), (512, 1024))
+    )
+    weights = torch.rand(5000, 2, device="cuda", generator=generator).requires_grad_()
+    indices = torch.rand(5000, 8, device="cuda", generator=generator).topk(2).indices
+    leaves = [x, weights, w_in, w_out]
+
+    def once() -> list[torch.Tensor]:
+        y = hopper.expert_mlp(x, weights, indices, w_in, w_out, None, None, "gelu")
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    for one, other in zip(once(), once(), strict=True):
+        assert torch.equal(one, other)
