@@ -121,14 +121,12 @@ class Products:
             return out
         outside = out.shape[1]
         blocks = _cluster(outside)
-        maps = (
-            self.launch.map(rows, TILE // blocks),
-            self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64),
-            self.launch.map(z if z is not None else out, TILE),
-        )
+        rows_map = self.launch.map(rows, TILE // blocks)
+        w_map = self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64)
+        z_map = rows_map if z is None else self.launch.map(z, TILE)
         given = [0 if t is None else t.data_ptr() for t in (h, bias, weights, slot_of_row, partial)]
         self._run(
-            name, blocks, *maps, self.offsets.data_ptr(), len(self.offsets), rows.shape[1], outside, out.data_ptr(),
+            name, blocks, rows_map, w_map, z_map, self.offsets.data_ptr(), len(self.offsets), rows.shape[1], outside, out.data_ptr(),
             *given,
         )  # fmt: skip
         return out
