@@ -25,8 +25,6 @@ typedef unsigned Address;  // from the start of the block's shared memory
 
 inline Address shared_base() { return 0; }
 inline unsigned char* memory_of(Block& block, Address at) { return reinterpret_cast<unsigned char*>(block.memory.data()) + at; }
-inline unsigned load_word(Address at) { return *reinterpret_cast<unsigned*>(memory_of(my_block(), at)); }
-inline void store_word(Address at, unsigned word) { *reinterpret_cast<unsigned*>(memory_of(my_block(), at)) = word; }
 inline uint4 load_line(Address at) { return *reinterpret_cast<uint4*>(memory_of(my_block(), at)); }
 inline void clear_line(Address at) { std::memset(memory_of(my_block(), at), 0, 16); }
 inline int rank_in_cluster() { return blockIdx.x % BLOCKS; }
@@ -76,7 +74,22 @@ inline void warpgroup_barrier(int warpgroup) {
     wait(barrier, arrive(barrier));
 }
 
+inline void consumers_barrier() {
+    static Barrier all[8];
+    Barrier& barrier = all[&my_block() - blocks.data()];
+    barrier.size = 256;
+    wait(barrier, arrive(barrier));
+}
+
 inline void before_async() {}
+
+inline void store_matrices(Address row, unsigned a, unsigned b, unsigned c, unsigned d) {
+    const unsigned words[4] = {a, b, c, d};
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const Address to = of_lane(row, 8 * matrix + my_lane() / 4);
+        std::memcpy(memory_of(my_block(), to + my_lane() % 4 * 4), &words[matrix], 4);
+    }
+}
 
 inline unsigned swizzled(unsigned at) { return at ^ (at >> 7 & 7) << 4; }
 
@@ -99,6 +112,17 @@ inline void tensor_load(const TensorMap& map, Address to, int x, int y, Address 
 inline void tensor_load_all(const TensorMap& map, Address to, int x, int y, Address barrier) {
     for (Block& block : blocks) load_into(block, map, to, x, y, barrier);
 }
+
+inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
+    for (int row = 0; row < map.box; ++row)
+        for (int column = 0; column < 64; ++column)
+            if (x + column < map.columns && y + row < map.rows) {
+                void* to = const_cast<unsigned short*>(map.base) + static_cast<long long>(y + row) * map.columns + x + column;
+                std::memcpy(to, memory_of(my_block(), swizzled(from + row * 128 + column * 2)), 2);
+            }
+}
+inline void stores_issued() {}
+inline void stores_read() {}
 
 inline void tensor_prefetch(const TensorMap&) {}
 
@@ -126,14 +150,21 @@ inline void products_issued() {}
 template <int LEFT> void products_wait() { warpgroup_barrier(threadIdx.x / 128 + 2); }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add) {
+void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first = 0) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     for (int i = 0; i < 64; ++i) {
         float sum = add ? d[i] : 0;
         for (int k = 0; k < 16; ++k)
-            sum += element(a, A_ACROSS, row + i % 4 / 2 * 8, k) * element(b, B_ACROSS, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
+            sum += element(a, A_ACROSS, row + i % 4 / 2 * 8, k) *
+                   element(b, B_ACROSS, first + i / 4 * 8 + lane % 4 * 2 + i % 2, k);
         d[i] = sum;
     }
+}
+
+template <int A_ACROSS, int B_ACROSS>
+void multiply_wide(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
+    multiply<A_ACROSS, B_ACROSS>(d[0], a, b, add);
+    multiply<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
 }
 
 inline void hold(float (&)[64]) {}

@@ -1,47 +1,53 @@
 // Products of rows that are sorted by expert, bf16, on Hopper's tensor cores: persistent, one warpgroup that loads and
-// two that multiply in turns, so that the epilogue of one tile runs beside the products of the next ("ping-pong" of
-// CUTLASS). The blocks of a cluster have the same rows and neighbouring columns: each loads its share of the rows for
-// all of them.
+// two that multiply. A cluster of two blocks has the same rows and neighbouring columns: each loads half of the rows for
+// both.
 //
 // Compiled with BLOCKS, those of a cluster, and ACTIVATION (curve.cuh).
 
-constexpr int ROWS = 128, COLUMNS = 128, DEPTH = 64;  // of a tile, and of the summed dimension at once
-constexpr int STAGES = 5;
-constexpr int BOX = 64 * 128, OPERAND = 2 * BOX, STAGE = 2 * OPERAND;  // bytes; a box has 64 rows of 128
-constexpr int TILE = ROWS * COLUMNS * 2, HALF = TILE / 2;             // bytes of a tile in bf16, of 64 of its columns
-constexpr int AFTER = STAGES * STAGE + 2 * TILE;                      // where the barriers stand
-constexpr int TABLES = AFTER + 8 * (2 * STAGES + 4);
+constexpr int ROWS = 128, DEPTH = 64;    // of a tile, and of the summed dimension at once
+constexpr int BOX = 64 * 128;            // bytes of 64 rows of 64 numbers
+constexpr int CHUNK = 2 * BOX;           // of a result's 64 rows and 128 columns in bf16
+constexpr int MOST_STAGES = 5;
+constexpr int AFTER = 14 * CHUNK;        // where the barriers stand
+constexpr int TABLES = AFTER + 8 * (2 * MOST_STAGES + 2);
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
 constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
 
 static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
 
+// How two warpgroups share the work. WIDE: each has 64 rows of a tile with 256 columns, which takes the fewest bytes of
+// shared memory for a product. Otherwise tiles have 128 columns and the warpgroups take turns, so that the epilogue of
+// one tile runs beside the products of the next (CUTLASS calls it "ping-pong").
+template <int WIDE> struct Form {
+    static constexpr int COLUMNS = WIDE ? 256 : 128, STAGES = WIDE ? 4 : 5;
+    static constexpr int LEFT = ROWS * 128, STAGE = LEFT + COLUMNS * 128;  // bytes
+    static constexpr int STAGING = WIDE ? CHUNK : 2 * CHUNK;              // of a warpgroup
+    static_assert(STAGES * STAGE + 2 * STAGING == AFTER && STAGES <= MOST_STAGES, "");
+
+    static __device__ Address left(int stage) { return shared_base() + stage * STAGE; }
+    static __device__ Address right(int stage) { return left(stage) + LEFT; }
+    static __device__ Address staging(int warpgroup) { return left(STAGES) + warpgroup * STAGING; }
+};
+
 __device__ inline Address full(int stage) { return shared_base() + AFTER + 8 * stage; }
-__device__ inline Address empty(int stage) { return full(STAGES + stage); }
-__device__ inline Address input(int warpgroup) { return full(2 * STAGES + warpgroup); }
-__device__ inline Address turn_of(int warpgroup) { return input(2 + warpgroup); }
-__device__ inline Address rows_of(int stage) { return shared_base() + stage * STAGE; }
-__device__ inline Address matrix_of(int stage) { return rows_of(stage) + OPERAND; }
-__device__ inline Address staging(int warpgroup) { return shared_base() + STAGES * STAGE + warpgroup * TILE; }
+__device__ inline Address empty(int stage) { return full(MOST_STAGES + stage); }
+__device__ inline Address turn_of(int warpgroup) { return full(2 * MOST_STAGES + warpgroup); }
 __device__ inline int* table(int number) { return reinterpret_cast<int*>(dynamic + TABLES) + number * (MOST_EXPERTS + 1); }
 
 // Which stage the n-th block of the summed dimension is in, and the parity of its phase.
-struct Turn {
+template <int WIDE> struct Turn {
     int stage, parity;
-    __device__ explicit Turn(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+    __device__ explicit Turn(int n) : stage(n % Form<WIDE>::STAGES), parity(n / Form<WIDE>::STAGES % 2) {}
 };
 
-__device__ inline void create_barriers() {
+template <int WIDE> __device__ inline void create_barriers() {
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
+        for (int stage = 0; stage < Form<WIDE>::STAGES; ++stage) {
             barrier_create(full(stage), 1);
-            barrier_create(empty(stage), BLOCKS);
+            barrier_create(empty(stage), WIDE ? 2 * BLOCKS : BLOCKS);
         }
-        for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-            barrier_create(input(warpgroup), 1);
-            barrier_create(turn_of(warpgroup), 1);
-        }
+        for (int warpgroup = 0; warpgroup < 2; ++warpgroup) barrier_create(turn_of(warpgroup), 1);
         barriers_created();
     }
 }
@@ -71,29 +77,66 @@ __device__ inline void count_work(const int* offsets, int experts, int longest, 
 }
 
 // Starts: barriers, tables, and no block of the cluster before the others.
-__device__ inline void begin(const int* offsets, int experts, int longest, int each) {
-    create_barriers();
+template <int WIDE> __device__ inline void begin(const int* offsets, int experts, int longest, int each) {
+    create_barriers<WIDE>();
     count_work(offsets, experts, longest, each);
     cluster_arrive();
     cluster_wait();
 }
 
-// No block ends while another still writes to it.
+// No block ends while another still writes to it, or a store reads from it.
 __device__ inline void end() {
+    stores_read();
     cluster_arrive();
     cluster_wait();
 }
 
-// One block of the summed dimension by the warpgroup: acc (128 rows in two halves, 128 columns).
-template <int ROWS_ACROSS, int MATRIX_ACROSS> __device__ inline void multiply_stage(float (&acc)[2][64], int stage, int add) {
-    constexpr int row_step = ROWS_ACROSS ? 2048 : 32, matrix_step = MATRIX_ACROSS ? 2048 : 32;  // of 16 summed
+// One block of the summed dimension by the warpgroup. acc: of 64 rows by 128 columns each, one below the other, or WIDE
+// beside each other. *_ACROSS: the operand's rows lie along the summed dimension.
+template <int WIDE, int LEFT_ACROSS, int RIGHT_ACROSS>
+__device__ inline void multiply_stage(float (&acc)[2][64], int stage, int add, int warpgroup) {
+    constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // of 16 summed
+    const Address left = Form<WIDE>::left(stage), right = Form<WIDE>::right(stage);
 #pragma unroll
-    for (int k = 0; k < DEPTH / 16; ++k)
+    for (int k = 0; k < DEPTH / 16; ++k) {
+        const unsigned long long matrix = descriptor(right + k * right_step, BOX);
+        if (WIDE) {
+            multiply_wide<LEFT_ACROSS, RIGHT_ACROSS>(
+                acc, descriptor(left + warpgroup * BOX + k * left_step, BOX), matrix, add || k > 0);
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            multiply<ROWS_ACROSS, MATRIX_ACROSS>(
-                acc[half], descriptor(rows_of(stage) + half * BOX + k * row_step, BOX),
-                descriptor(matrix_of(stage) + k * matrix_step, BOX), add || k > 0);
+            for (int half = 0; half < 2; ++half)
+                multiply<LEFT_ACROSS, RIGHT_ACROSS>(
+                    acc[half], descriptor(left + half * BOX + k * left_step, BOX), matrix, add || k > 0);
+        }
+    }
+}
+
+// Hands a stage back to the blocks that load it.
+__device__ inline void release(int stage) {
+    if (threadIdx.x % 128 < BLOCKS) barrier_arrive(empty(stage), threadIdx.x % 128);
+}
+
+// The k-th block of a tile's summed dimension, n-th of all, added to acc; the one before is handed back.
+template <int WIDE, int LEFT_ACROSS, int RIGHT_ACROSS>
+__device__ inline void add_block(float (&acc)[2][64], int n, int k, int warpgroup) {
+    hold(acc[0]);
+    hold(acc[1]);
+    products_begin();
+    multiply_stage<WIDE, LEFT_ACROSS, RIGHT_ACROSS>(acc, Turn<WIDE>(n).stage, k > 0, warpgroup);
+    products_issued();
+    if (k > 0) {
+        products_wait<1>();
+        release(Turn<WIDE>(n - 1).stage);
+    }
+}
+
+// After the last block, the n-th of all.
+template <int WIDE> __device__ inline void finish_blocks(float (&acc)[2][64], int n) {
+    products_wait<0>();
+    hold(acc[0]);
+    hold(acc[1]);
+    release(Turn<WIDE>(n).stage);
 }
 
 // Waits until the other warpgroup has all stages of the tile before this one. Who came to a stage two phases early would
@@ -106,30 +149,80 @@ __device__ inline void give_turn(int warpgroup) {
     if (threadIdx.x % 128 == 0) barrier_arrive(turn_of(warpgroup), rank_in_cluster());
 }
 
-// Hands a stage back to the blocks that load it.
-__device__ inline void release(int stage) {
-    if (threadIdx.x % 128 < BLOCKS) barrier_arrive(empty(stage), threadIdx.x % 128);
-}
+// A thread's values of a chunk: of rows 16 · warp + lane / 4, and 8 below, in columns 8·i + 2·(lane % 4) and the next.
+typedef unsigned Words[2][16];
 
-// Where the thread's values of columns 8·i + 2·(lane % 4) and the next stand in a staged tile.
-__device__ inline Address place_of(Address tile, int row, int i) {
-    return tile + i / 8 * HALF + row * 128 + ((i % 8 ^ row & 7) << 4) + threadIdx.x % 4 * 4;
-}
-
-// A staged tile to `to`, whose rows are `stride` elements long; only the first `rows`. Warpgroup's threads together.
-__device__ inline void store_tile(Address tile, unsigned short* to, long long stride, int rows) {
-    const int line = threadIdx.x % 16;
+// Into shared memory, as the tensor memory accelerator has it.
+__device__ inline void stage_chunk(Address chunk, const Words& words) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-        const int row = threadIdx.x % 128 / 16 + 8 * j;
-        if (row < rows)
-            store_line(to + row * stride + 8 * line,
-                       load_line(tile + line / 8 * HALF + row * 128 + ((line % 8 ^ row & 7) << 4)));
+    for (int i = 0; i < 16; i += 2) {
+        const int line = i + lane / 16;
+        store_matrices(chunk + line / 8 * BOX + row * 128 + ((line % 8 ^ lane % 8) << 4),
+                       words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]);
     }
+}
+
+// A result (…, stride) and where a chunk of it begins.
+struct Place {
+    const TensorMap& map;
+    unsigned short* to;
+    int row, column, stride;
+};
+
+// A staged chunk to its place; only the first `rows`. The warpgroup's threads together.
+__device__ inline void store_chunk(Address chunk, const Place& place, int rows) {
+    if (rows >= 64) {
+        if (threadIdx.x % 128 == 0) {
+            tensor_store(place.map, chunk, place.column, place.row);
+            tensor_store(place.map, chunk + BOX, place.column + 64, place.row);
+            stores_issued();
+        }
+        return;
+    }
+    const int line = threadIdx.x % 16;
+    for (int row = threadIdx.x % 128 / 16; row < rows; row += 8)
+        store_line(place.to + static_cast<long long>(place.row + row) * place.stride + place.column + 8 * line,
+                   load_line(chunk + line / 8 * BOX + row * 128 + ((line % 8 ^ row & 7) << 4)));
+}
+
+// Before chunks are staged: what is there has been read, by threads and by stores.
+__device__ inline void clear_staging(int warpgroup) {
+    if (threadIdx.x % 128 == 0) stores_read();
+    warpgroup_barrier(warpgroup);
+}
+
+__device__ inline void staged(int warpgroup) {
+    before_async();
+    warpgroup_barrier(warpgroup);
+}
+
+__device__ inline void rounded(const float (&acc)[64], Words& words) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+#pragma unroll
+        for (int down = 0; down < 2; ++down) words[down][i] = two_bfloats(acc[4 * i + 2 * down], acc[4 * i + 2 * down + 1]);
 }
 
 __device__ inline float low(unsigned word) { return __uint_as_float(word << 16); }
 __device__ inline float high(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
+
+// A WIDE tile to its place, whose first row the tile has `rows` of.
+__device__ inline void store_wide(float (&acc)[2][64], const TensorMap& map, unsigned short* to, int row, int rows,
+                                  int column, int stride, int warpgroup) {
+    const Address staging = Form<1>::staging(warpgroup);
+    rows -= 64 * warpgroup;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (rows <= 0 || column + 128 * half >= stride) continue;
+        Words words;
+        rounded(acc[half], words);
+        clear_staging(warpgroup);
+        stage_chunk(staging, words);
+        staged(warpgroup);
+        store_chunk(staging, {map, to, row + 64 * warpgroup, column + 128 * half, stride}, rows);
+    }
+}
 
 // Rows
 
@@ -140,10 +233,11 @@ struct Tile {
 // Walks the tiles of this cluster, in the same order in every thread.
 struct Tiles {
     const int *offsets, *before;
-    int experts, across, unit, step, expert = 0;
+    int experts, across, columns, unit, step, expert = 0;
 
-    __device__ Tiles(const int* offsets, int experts, int columns)
-        : offsets(offsets), before(table(0)), experts(experts), across(columns / BLOCKS),
+    // across: tiles of `columns` beside each other, over the blocks of a cluster.
+    __device__ Tiles(const int* offsets, int experts, int across, int columns)
+        : offsets(offsets), before(table(0)), experts(experts), across(across), columns(columns),
           unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
 
     __device__ bool next(Tile& tile) {
@@ -153,182 +247,209 @@ struct Tiles {
         const int group = (unit - before[expert]) / (GROUP * across), within = (unit - before[expert]) % (GROUP * across);
         const int height = min(GROUP, tiles - group * GROUP);
         const int row = (group * GROUP + within % height) * ROWS;
-        tile = {expert, first + row, min(ROWS, end - first - row), (within / height * BLOCKS + rank_in_cluster()) * COLUMNS};
+        tile = {expert, first + row, min(ROWS, end - first - row), (within / height * BLOCKS + rank_in_cluster()) * columns};
         unit += step;
         return true;
     }
 };
 
-enum Epilogue { PLAIN, ACT, SLOPE };
-
-struct Outputs {
+// Rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside). Boxes: rows 128 / BLOCKS by 64, w 128 by 64,
+// or ACROSS 64 by 64, results 64 by 64.
+struct Product {
+    const TensorMap &rows_map, &w_map, &out_map, &h_map;
+    const int* offsets;
+    int experts, inside, outside;
     unsigned short *out, *h;
-    const unsigned short* bias;
+    const unsigned *z, *bias;  // in pairs
     const float* weights;
     const int* slot_of_row;
     float* partial;
-    int outside;
 };
 
-template <int EPILOGUE>
-__device__ inline void finish(float (&acc)[2][64], const Tile& tile, const Outputs& to, int warpgroup) {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const long long spot = static_cast<long long>(tile.start) * to.outside + tile.column;
-    const Address staged = staging(warpgroup);
-    unsigned second[2][2][16];  // what is stored after the first tile
-    if (EPILOGUE != SLOPE && to.bias) {
-        const unsigned* bias = reinterpret_cast<const unsigned*>(
-            to.bias + static_cast<long long>(tile.expert) * to.outside + tile.column + 2 * (lane % 4));
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const unsigned pair = bias[4 * i];
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int down = 0; down < 2; ++down) {
-                    acc[half][4 * i + 2 * down] += low(pair);
-                    acc[half][4 * i + 2 * down + 1] += high(pair);
-                }
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int down = 0; down < 2; ++down) {
-            const int row = 64 * half + first_row + 8 * down;
-            float weight = 0, sum = 0;
-            if (EPILOGUE == SLOPE && row < tile.rows) weight = to.weights[to.slot_of_row[tile.start + row]];
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const float one = acc[half][4 * i + 2 * down], other = acc[half][4 * i + 2 * down + 1];
-                const Address at = place_of(staged, row, i);
-                if (EPILOGUE == SLOPE) {
-                    const unsigned z = load_word(at);
-                    const Curve a = curve(low(z)), b = curve(high(z));
-                    sum += one * a.height + other * b.height;
-                    store_word(at, two_bfloats(weight * one * a.slope, weight * other * b.slope));
-                    second[half][down][i] = two_bfloats(weight * a.height, weight * b.height);
-                } else {
-                    const unsigned z = two_bfloats(one, other);
-                    store_word(at, z);
-                    // The activation is of what is stored: the backward pass sees no other.
-                    if (EPILOGUE == ACT)
-                        second[half][down][i] = two_bfloats(curve(low(z)).height, curve(high(z)).height);
-                }
-            }
-            if (EPILOGUE == SLOPE) {
-                sum += __shfl_xor_sync(ALL, sum, 1);
-                sum += __shfl_xor_sync(ALL, sum, 2);
-                if (lane % 4 == 0 && row < tile.rows)
-                    to.partial[static_cast<long long>(tile.start + row) * (to.outside / COLUMNS) + tile.column / COLUMNS] = sum;
+template <int WIDE, int ACROSS> __device__ inline void load_tiles(const Product& p, Tiles tiles) {
+    using F = Form<WIDE>;
+    Tile tile;
+    tensor_prefetch(p.rows_map);
+    tensor_prefetch(p.w_map);
+    const int share = ROWS / SHARES * rank_in_cluster();
+    for (int n = 0; tiles.next(tile);)
+        for (int k = 0; k < p.inside; k += DEPTH, ++n) {
+            const Turn<WIDE> turn(n);
+            barrier_wait(empty(turn.stage), turn.parity ^ 1);
+            barrier_expect(full(turn.stage), F::STAGE);
+            tensor_load_all(p.rows_map, F::left(turn.stage) + share * 128, k, tile.start + share, full(turn.stage));
+            if (ACROSS) {
+                for (int i = 0; i < F::COLUMNS / 64; ++i)
+                    tensor_load(p.w_map, F::right(turn.stage) + i * BOX, tile.column + 64 * i, tile.expert * p.inside + k,
+                                full(turn.stage));
+            } else {
+                for (int i = 0; i < F::COLUMNS / 128; ++i)
+                    tensor_load(p.w_map, F::right(turn.stage) + i * 2 * BOX, k,
+                                tile.expert * p.outside + tile.column + 128 * i, full(turn.stage));
             }
         }
-    warpgroup_barrier(warpgroup);
-    store_tile(staged, to.out + spot, to.outside, tile.rows);
-    warpgroup_barrier(warpgroup);
-    if (EPILOGUE != PLAIN) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int down = 0; down < 2; ++down)
-#pragma unroll
-                for (int i = 0; i < 16; ++i)
-                    store_word(place_of(staged, 64 * half + first_row + 8 * down, i), second[half][down][i]);
-        warpgroup_barrier(warpgroup);
-        store_tile(staged, to.h + spot, to.outside, tile.rows);
-        warpgroup_barrier(warpgroup);
-    }
 }
 
-// Rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside) → out (N, outside).
-//
-// PLAIN: out = product + bias. ACT: the same is z, and h = act(z). SLOPE: the product is dL/dh of an unweighted row, z
-// comes by z_map; out = weight · dL/dh · act'(z), h = weight · act(z), partial[row, tile of columns] = Σ dL/dh · act(z).
-// inside is a multiple of DEPTH, outside of BLOCKS · COLUMNS. Boxes: rows 128 / BLOCKS by 64, z 128 by 64, w 128 by 64,
-// or ACROSS 64 by 64.
-template <int EPILOGUE, int ACROSS>
-__device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& z_map,
-                               const int* offsets, int experts, int inside, const Outputs& to) {
-    begin(offsets, experts, ROWS, to.outside / (BLOCKS * COLUMNS));
-    const int blocks = inside / DEPTH, warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
-    Tiles tiles(offsets, experts, to.outside / COLUMNS);
-    Tile tile;
+// out (N, outside) = the products. outside is a multiple of 128, and of 512 where blocks are two.
+template <int ACROSS> __device__ inline void plain_product(const Product& p) {
+    const int across = (p.outside + 255) / 256 / BLOCKS, warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
+    begin<1>(p.offsets, p.experts, ROWS, across);
+    Tiles tiles(p.offsets, p.experts, across, 256);
     if (warpgroup < 0) {
         fewer_registers<40>();
-        if (threadIdx.x == 0) {
-            tensor_prefetch(rows_map);
-            tensor_prefetch(w_map);
-            const int share = ROWS / SHARES * rank_in_cluster();
-            for (int n = 0; tiles.next(tile);)
-                for (int k = 0; k < inside; k += DEPTH, ++n) {
-                    const Turn turn(n);
-                    barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                    barrier_expect(full(turn.stage), STAGE);
-                    tensor_load_all(rows_map, rows_of(turn.stage) + share * 128, k, tile.start + share, full(turn.stage));
-                    if (ACROSS) {
-                        for (int right = 0; right < 2; ++right)
-                            tensor_load(w_map, matrix_of(turn.stage) + right * BOX, tile.column + 64 * right,
-                                        tile.expert * inside + k, full(turn.stage));
-                    } else {
-                        tensor_load(w_map, matrix_of(turn.stage), k, tile.expert * to.outside + tile.column, full(turn.stage));
-                    }
-                }
-        }
+        if (threadIdx.x == 0) load_tiles<1, ACROSS>(p, tiles);
     } else {
         more_registers<232>();
-        for (int number = 0; tiles.next(tile); ++number) {
-            if (number % 2 != warpgroup) continue;
-            if (EPILOGUE == SLOPE) {  // z into the staged tile, which all threads have read
-                before_async();
-                warpgroup_barrier(warpgroup);
-                if (threadIdx.x % 128 == 0) {
-                    barrier_expect(input(warpgroup), TILE);
-                    for (int right = 0; right < 2; ++right)
-                        tensor_load(z_map, staging(warpgroup) + right * HALF, tile.column + 64 * right, tile.start,
-                                    input(warpgroup));
-                }
-            }
+        Tile tile;
+        for (int n = 0; tiles.next(tile);) {
             float acc[2][64];
-            take_turn(warpgroup, number);
-            for (int k = 0, n = number * blocks; k < blocks; ++k, ++n) {
-                const Turn turn(n);
+            for (int k = 0; k < p.inside / DEPTH; ++k, ++n) {
+                const Turn<1> turn(n);
                 barrier_wait(full(turn.stage), turn.parity);
-                if (k == blocks - 1) give_turn(warpgroup);
-                hold(acc[0]);
-                hold(acc[1]);
-                products_begin();
-                multiply_stage<0, ACROSS>(acc, turn.stage, k > 0);
-                products_issued();
-                if (k > 0) {
-                    products_wait<1>();
-                    release(Turn(n - 1).stage);
-                }
+                add_block<1, 0, ACROSS>(acc, n, k, warpgroup);
             }
-            products_wait<0>();
-            hold(acc[0]);
-            hold(acc[1]);
-            release(Turn(number * blocks + blocks - 1).stage);
-            if (EPILOGUE == SLOPE) barrier_wait(input(warpgroup), number / 2 % 2);
-            finish<EPILOGUE>(acc, tile, to, warpgroup);
+            finish_blocks<1>(acc, n - 1);
+            store_wide(acc, p.out_map, p.out, tile.start, tile.rows, tile.column, p.outside, warpgroup);
         }
     }
     end();
 }
 
-#define PRODUCT(NAME, EPILOGUE, ACROSS)                                                                              \
-    extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)                                                     \
-    NAME(MAP rows_map, MAP w_map, MAP z_map, const int* offsets, long long experts, long long inside,               \
-         long long outside, unsigned short* out, unsigned short* h, const unsigned short* bias,                     \
-         const float* weights, const int* slot_of_row, float* partial) {                                            \
-        product<EPILOGUE, ACROSS>(                                                                                   \
-            rows_map, w_map, z_map, offsets, static_cast<int>(experts), static_cast<int>(inside),                   \
-            {out, h, bias, weights, slot_of_row, partial, static_cast<int>(outside)});                              \
-    }
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+down(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
+     unsigned short* out) {
+    plain_product<0>({rows_map, w_map, out_map, out_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                      static_cast<int>(outside), out});
+}
 
-PRODUCT(up, ACT, 0)
-PRODUCT(down, PLAIN, 0)
-PRODUCT(slope, SLOPE, 1)
-PRODUCT(back, PLAIN, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+back(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
+     unsigned short* out) {
+    plain_product<1>({rows_map, w_map, out_map, out_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                      static_cast<int>(outside), out});
+}
+
+// What an epilogue reads, fetched while the products run.
+struct Fetched {
+    unsigned bias[16];
+    unsigned z[2][2][16];  // by half, down, i
+    float weight[2][2];
+};
+
+template <int SLOPE> __device__ inline void fetch(const Product& p, const Tile& tile, Fetched& fetched) {
+    const int lane = threadIdx.x % 32, pair = lane % 4, first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    if (!SLOPE) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            fetched.bias[i] =
+                p.bias ? p.bias[(tile.expert * static_cast<long long>(p.outside) + tile.column) / 2 + pair + 4 * i] : 0;
+    }
+    if (SLOPE) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int down = 0; down < 2; ++down) {
+                const int row = tile.start + min(64 * half + first_row + 8 * down, tile.rows - 1);
+                const unsigned* z = p.z + (row * static_cast<long long>(p.outside) + tile.column) / 2 + pair;
+#pragma unroll
+                for (int i = 0; i < 16; ++i) fetched.z[half][down][i] = z[4 * i];
+                fetched.weight[half][down] = p.weights[p.slot_of_row[row]];
+            }
+    }
+}
+
+// With the curve: out = z and h = act(z) of z = product + bias; or, SLOPE, the product being dL/dh of an unweighted row,
+// out = weight · dL/dh · act'(z), h = weight · act(z), partial[row, tile of columns] = Σ dL/dh · act(z).
+template <int SLOPE>
+__device__ inline void finish(float (&acc)[2][64], const Tile& tile, const Product& p, const Fetched& fetched, int warpgroup) {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const Address staging = Form<0>::staging(warpgroup);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int rows = tile.rows - 64 * half, row = tile.start + 64 * half;
+        if (rows <= 0) break;
+        Words first, second;
+#pragma unroll
+        for (int down = 0; down < 2; ++down) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const float one = acc[half][4 * i + 2 * down], other = acc[half][4 * i + 2 * down + 1];
+                if (SLOPE) {
+                    const unsigned z = fetched.z[half][down][i];
+                    const float weight = fetched.weight[half][down];
+                    const Curve a = curve(low(z)), b = curve(high(z));
+                    sum += one * a.height + other * b.height;
+                    first[down][i] = two_bfloats(weight * one * a.slope, weight * other * b.slope);
+                    second[down][i] = two_bfloats(weight * a.height, weight * b.height);
+                } else {
+                    const unsigned z = two_bfloats(one + low(fetched.bias[i]), other + high(fetched.bias[i]));
+                    first[down][i] = z;
+                    // The activation is of what is stored: the backward pass sees no other.
+                    second[down][i] = two_bfloats(curve(low(z)).height, curve(high(z)).height);
+                }
+            }
+            if (SLOPE) {
+                sum += __shfl_xor_sync(ALL, sum, 1);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                if (lane % 4 == 0 && first_row + 8 * down < rows)
+                    p.partial[static_cast<long long>(row + first_row + 8 * down) * (p.outside / 128) + tile.column / 128] = sum;
+            }
+        }
+        clear_staging(warpgroup);
+        stage_chunk(staging, first);
+        stage_chunk(staging + CHUNK, second);
+        staged(warpgroup);
+        store_chunk(staging, {p.out_map, p.out, row, tile.column, p.outside}, rows);
+        store_chunk(staging + CHUNK, {p.h_map, p.h, row, tile.column, p.outside}, rows);
+    }
+}
+
+// outside is a multiple of 128, and of 256 where blocks are two.
+template <int SLOPE> __device__ inline void curved_product(const Product& p) {
+    const int across = p.outside / 128 / BLOCKS, warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
+    begin<0>(p.offsets, p.experts, ROWS, across);
+    Tiles tiles(p.offsets, p.experts, across, 128);
+    if (warpgroup < 0) {
+        fewer_registers<40>();
+        if (threadIdx.x == 0) load_tiles<0, SLOPE>(p, tiles);
+    } else {
+        more_registers<232>();
+        const int blocks = p.inside / DEPTH;
+        Tile tile;
+        for (int number = 0; tiles.next(tile); ++number) {
+            if (number % 2 != warpgroup) continue;
+            Fetched fetched;
+            fetch<SLOPE>(p, tile, fetched);
+            float acc[2][64];
+            take_turn(warpgroup, number);
+            for (int k = 0, n = number * blocks; k < blocks; ++k, ++n) {
+                const Turn<0> turn(n);
+                barrier_wait(full(turn.stage), turn.parity);
+                if (k == blocks - 1) give_turn(warpgroup);
+                add_block<0, 0, SLOPE>(acc, n, k, warpgroup);
+            }
+            finish_blocks<0>(acc, number * blocks + blocks - 1);
+            finish<SLOPE>(acc, tile, p, fetched, warpgroup);
+        }
+    }
+    end();
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+up(MAP rows_map, MAP w_map, MAP out_map, MAP h_map, const int* offsets, long long experts, long long inside,
+   long long outside, unsigned short* out, unsigned short* h, const unsigned* bias) {
+    curved_product<0>({rows_map, w_map, out_map, h_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                       static_cast<int>(outside), out, h, nullptr, bias});
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+slope(MAP rows_map, MAP w_map, MAP out_map, MAP h_map, const int* offsets, long long experts, long long inside,
+      long long outside, unsigned short* out, unsigned short* h, const unsigned* z, const float* weights,
+      const int* slot_of_row, float* partial) {
+    curved_product<1>({rows_map, w_map, out_map, h_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                       static_cast<int>(outside), out, h, z, nullptr, weights, slot_of_row, partial});
+}
 
 // Sums over rows
 
@@ -340,10 +461,9 @@ struct Parts {
     const int *offsets, *before, *several;
     int experts, high, across, longest, unit, step, expert = 0;
 
-    __device__ Parts(const int* offsets, int experts, int outside, int inside, int longest)
-        : offsets(offsets), before(table(0)), several(table(1)), experts(experts), high(outside / ROWS),
-          across(inside / (BLOCKS * COLUMNS)), longest(longest), unit(static_cast<int>(blockIdx.x) / BLOCKS),
-          step(static_cast<int>(gridDim.x) / BLOCKS) {}
+    __device__ Parts(const int* offsets, int experts, int high, int across, int longest)
+        : offsets(offsets), before(table(0)), several(table(1)), experts(experts), high(high), across(across),
+          longest(longest), unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
 
     __device__ bool next(Part& part) {
         if (unit >= before[experts]) return false;
@@ -352,7 +472,7 @@ struct Parts {
         const int first = start_of(offsets, expert) + chunk * longest;
         const bool alone = several[expert + 1] == several[expert];
         part = {expert, first, min(longest, offsets[expert] - first), alone ? -1 : several[expert] + chunk,
-                tile % high * ROWS, (tile / high * BLOCKS + rank_in_cluster()) * COLUMNS};
+                tile % high * ROWS, (tile / high * BLOCKS + rank_in_cluster()) * 256};
         unit += step;
         return true;
     }
@@ -362,15 +482,18 @@ struct Parts {
 //
 // Up to `longest` rows are summed at once. The only part of an expert goes to dw; of several each goes to
 // parts (part, outside, inside) in fp32, which `sum_parts` adds. Rows after a part's are another's, and may be NaN:
-// they are cleared in shared memory. Boxes: 64 by 64. outside is a multiple of 128, inside of BLOCKS · 128.
+// they are cleared in shared memory. Boxes: 64 by 64. outside and inside are multiples of 128, inside of 512 where
+// blocks are two.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts_, long long outside_, long long inside_,
-                long long longest_, unsigned short* dw, float* parts) {
+weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts_, long long outside_,
+                long long inside_, long long longest_, unsigned short* dw, float* parts) {
+    using F = Form<1>;
     const int experts = static_cast<int>(experts_), outside = static_cast<int>(outside_);
     const int inside = static_cast<int>(inside_), longest = static_cast<int>(longest_);
-    begin(offsets, experts, longest, outside / ROWS * (inside / (BLOCKS * COLUMNS)));
+    const int high = outside / ROWS, across = (inside + 255) / 256 / BLOCKS;
+    begin<1>(offsets, experts, longest, high * across);
     const int warpgroup = static_cast<int>(threadIdx.x) / 128 - 1;
-    Parts work(offsets, experts, outside, inside, longest);
+    Parts work(offsets, experts, high, across, longest);
     Part part;
     if (warpgroup < 0) {
         fewer_registers<40>();
@@ -379,67 +502,48 @@ weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts_, lo
             tensor_prefetch(x_map);
             for (int n = 0; work.next(part);)
                 for (int k = 0; k < part.rows; k += DEPTH, ++n) {
-                    const Turn turn(n);
+                    const Turn<1> turn(n);
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                    barrier_expect(full(turn.stage), STAGE);
-                    for (int half = 0; half < 2; ++half) {
-                        if (BLOCKS == 1 || half == rank_in_cluster())
-                            tensor_load_all(y_map, rows_of(turn.stage) + half * BOX, part.left + 64 * half,
-                                            part.start + k, full(turn.stage));
-                        tensor_load(x_map, matrix_of(turn.stage) + half * BOX, part.right + 64 * half, part.start + k,
+                    barrier_expect(full(turn.stage), F::STAGE);
+                    for (int i = 0; i < 2; ++i)
+                        if (BLOCKS == 1 || i == rank_in_cluster())
+                            tensor_load_all(y_map, F::left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k,
+                                            full(turn.stage));
+                    for (int i = 0; i < 4; ++i)
+                        tensor_load(x_map, F::right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k,
                                     full(turn.stage));
-                    }
                 }
         }
     } else {
         more_registers<232>();
-        for (int number = 0, n = 0; work.next(part); ++number) {
-            const int blocks = (part.rows + DEPTH - 1) / DEPTH;
-            if (number % 2 != warpgroup) {
-                n += blocks;
-                continue;
-            }
+        for (int n = 0; work.next(part);) {
             float acc[2][64];
-            take_turn(warpgroup, number);
-            for (int k = 0; k < blocks; ++k, ++n) {
-                const Turn turn(n);
+            for (int k = 0; k * DEPTH < part.rows; ++k, ++n) {
+                const Turn<1> turn(n);
                 barrier_wait(full(turn.stage), turn.parity);
-                if (k == blocks - 1) give_turn(warpgroup);
                 if (const int rows = part.rows - k * DEPTH; rows < DEPTH) {
-                    for (int i = threadIdx.x % 128; i < (DEPTH - rows) * 32; i += 128)
-                        clear_line(rows_of(turn.stage) + i % 4 * BOX + (rows + i / 32) * 128 + i / 4 % 8 * 16);
+                    for (int i = threadIdx.x - 128; i < (DEPTH - rows) * 48; i += 256)
+                        clear_line(F::left(turn.stage) + i % 6 * BOX + (rows + i / 48) * 128 + i / 6 % 8 * 16);
                     before_async();
-                    warpgroup_barrier(warpgroup);
+                    consumers_barrier();
                 }
-                hold(acc[0]);
-                hold(acc[1]);
-                products_begin();
-                multiply_stage<1, 1>(acc, turn.stage, k > 0);
-                products_issued();
-                if (k > 0) {
-                    products_wait<1>();
-                    release(Turn(n - 1).stage);
-                }
+                add_block<1, 1, 1>(acc, n, k, warpgroup);
             }
-            products_wait<0>();
-            hold(acc[0]);
-            hold(acc[1]);
-            release(Turn(n - 1).stage);
-            const long long size = static_cast<long long>(outside) * inside, spot = static_cast<long long>(part.left) * inside + part.right;
+            finish_blocks<1>(acc, n - 1);
             if (part.number < 0) {
-                const Tile tile = {0, part.left, ROWS, part.right};
-                finish<PLAIN>(acc, tile, {dw + part.expert * size, nullptr, nullptr, nullptr, nullptr, nullptr, inside}, warpgroup);
+                store_wide(acc, dw_map, dw, part.expert * outside + part.left, ROWS, part.right, inside, warpgroup);
             } else {
-                const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-                float* to = parts + part.number * size + spot + static_cast<long long>(row) * inside + 2 * (lane % 4);
+                const int lane = threadIdx.x % 32, row = part.left + 64 * warpgroup + threadIdx.x % 128 / 32 * 16 + lane / 4;
+                float* to = parts + (part.number * static_cast<long long>(outside) + row) * inside + part.right + 2 * (lane % 4);
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
+                    if (part.right + 128 * half < inside)
 #pragma unroll
-                    for (int down = 0; down < 2; ++down)
+                        for (int down = 0; down < 2; ++down)
 #pragma unroll
-                        for (int i = 0; i < 16; ++i)
-                            *reinterpret_cast<float2*>(to + (64 * half + 8 * down) * static_cast<long long>(inside) + 8 * i) =
-                                make_float2(acc[half][4 * i + 2 * down], acc[half][4 * i + 2 * down + 1]);
+                            for (int i = 0; i < 16; ++i)
+                                *reinterpret_cast<float2*>(to + 8ll * down * inside + 128 * half + 8 * i) =
+                                    make_float2(acc[half][4 * i + 2 * down], acc[half][4 * i + 2 * down + 1]);
             }
         }
     }

@@ -25,11 +25,11 @@ from moelab.experts import nvrtc
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
-TILE = 128  # rows and columns of a product's tile, and its threads' warpgroups: hopper.cu
+TILE, WIDE = 128, 256  # rows of a tile, and columns; and columns of products without a curve: hopper.cu
 THREADS = 384
 MOST_EXPERTS = 128
-STAGES, STAGE = 5, 32 * 1024
-SHARED = STAGES * STAGE + 2 * 2 * TILE * TILE + 8 * (2 * STAGES + 4) + 2 * 4 * (MOST_EXPERTS + 1)
+MOST_STAGES = 5
+SHARED = 224 * 1024 + 8 * (2 * MOST_STAGES + 2) + 2 * 4 * (MOST_EXPERTS + 1)
 SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
 
 
@@ -111,38 +111,56 @@ class Products:
     def __init__(self, launch: nvrtc.Launch, activation: str, offsets: torch.Tensor, device: torch.device) -> None:
         self.launch, self.activation, self.offsets, self.device = launch, activation, offsets, device
 
-    def __call__(
-        self, name: str, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor, *, h: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None, z: torch.Tensor | None = None, weights: torch.Tensor | None = None,
-        slot_of_row: torch.Tensor | None = None, partial: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """`up`, `down`, `slope` or `back` of rows (N, I) → out (N, O)."""
-        if len(rows) == 0:
-            return out
-        outside = out.shape[1]
-        blocks = _cluster(outside)
-        rows_map = self.launch.map(rows, TILE // blocks)
-        w_map = self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64)
-        z_map = rows_map if z is None else self.launch.map(z, TILE)
-        given = [0 if t is None else t.data_ptr() for t in (h, bias, weights, slot_of_row, partial)]
-        self._run(
-            name, blocks, rows_map, w_map, z_map, self.offsets.data_ptr(), len(self.offsets), rows.shape[1], outside, out.data_ptr(),
-            *given,
-        )  # fmt: skip
-        return out
+    def up(self, rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """rows (N, I), w (E, O, I) → z = rows · wᵀ + bias and h = act(z), (N, O)."""
+        self._product("up", rows, w, (z, h), 0 if bias is None else bias.data_ptr())
+
+    def down(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """rows (N, I), w (E, O, I) → out = rows · wᵀ, (N, O)."""
+        return self._product("down", rows, w, (out,))
+
+    def back(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """rows (N, I), w (E, I, O) → out = rows · w, (N, O)."""
+        return self._product("back", rows, w, (out,))
+
+    def slope(
+        self, rows: torch.Tensor, w: torch.Tensor, d_z: torch.Tensor, h: torch.Tensor, z: torch.Tensor,
+        weights: torch.Tensor, slot_of_row: torch.Tensor, partial: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Rows (N, I) without their weights, w (E, I, O), z (N, O) → weight · (rows · w) · act'(z) and weight · act(z).
+
+        partial (N, O / 128), fp32: Σ (rows · w) · act(z) over columns.
+        """
+        given = (z, weights, slot_of_row, partial)
+        self._product("slope", rows, w, (d_z, h), *(t.data_ptr() for t in given))
+
+    def _product(
+        self, name: str, rows: torch.Tensor, w: torch.Tensor, results: tuple[torch.Tensor, ...], *given: int
+    ) -> torch.Tensor:
+        """The first result."""
+        (count, inside), outside = rows.shape, results[0].shape[1]
+        if count > 0:
+            blocks = _cluster(outside, TILE if name in ("up", "slope") else WIDE)
+            maps = [self.launch.map(rows, TILE // blocks)]
+            maps += [self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64)]
+            maps += [self.launch.map(t, 64) for t in results]
+            addresses = (t.data_ptr() for t in results)
+            sizes = (len(self.offsets), inside, outside)
+            self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, *addresses, *given)
+        return results[0]
 
     def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """Σ over an expert's rows of d_y ⊗ x, like w (E, O, I): d_y (N, O), x (N, I)."""
         experts, outside, inside = w.shape
         if len(x) == 0:
             return torch.zeros_like(w)
-        blocks, dw = _cluster(inside), torch.empty_like(w)
+        blocks, dw = _cluster(inside, WIDE), torch.empty_like(w)
         units = 4 * _multiprocessors(self.device)
-        even = len(x) * (outside // TILE) * (inside // TILE) // units  # rows of a unit of work, were all alike
+        even = len(x) * (outside // TILE) * -(-inside // WIDE) // units  # rows of a unit of work, were all alike
         longest = max(SHORTEST, -(-even // 64) * 64)
         several = 2 * len(x) // longest if len(x) > longest else 0
         parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
-        maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
+        maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
         self._run(
             "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, longest, dw.data_ptr(),
             parts.data_ptr(),
@@ -158,9 +176,9 @@ class Products:
         self.launch(_source(self.activation, blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
 
 
-def _cluster(outside: int) -> int:
+def _cluster(outside: int, columns: int) -> int:
     """Blocks of a cluster, which have neighbouring tiles of columns."""
-    return 2 if outside % (2 * TILE) == 0 else 1
+    return 2 if outside % (2 * columns) == 0 else 1
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -179,8 +197,8 @@ def hopper_experts(
         rows = kernels.dispatch(x)
         z = x.new_empty(len(rows), w_in.shape[1])
         h = torch.empty_like(z)
-        products("up", rows, w_in, z, h=h, bias=b_in)
-        outputs = products("down", h, w_out, rows)  # x's rows are not needed again
+        products.up(rows, w_in, z, h, b_in)
+        outputs = products.down(h, w_out, rows)  # x's rows are not needed again
         return kernels.combine(outputs, weights, b_out), z, *routing
 
 
@@ -207,7 +225,7 @@ def hopper_experts_backward(
         d_outputs = kernels.dispatch(dy)
         d_z, h = torch.empty_like(z), torch.empty_like(z)
         partial = weights.new_empty(len(z), z.shape[1] // TILE)
-        products("slope", d_outputs, w_out, d_z, h=h, z=z, weights=weights, slot_of_row=slot_of_row, partial=partial)
+        products.slope(d_outputs, w_out, d_z, h, z, weights, slot_of_row, partial)
         d_weights = kernels.slot_gradient(partial, dy, b_out)
         d_w_out = products.weight_gradient(d_outputs, h, w_out)
         del h
@@ -215,7 +233,7 @@ def hopper_experts_backward(
         rows = kernels.dispatch(x)
         d_w_in = products.weight_gradient(d_z, rows, w_in)
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
-        d_x = kernels.combine(products("back", d_z, w_in, d_outputs))
+        d_x = kernels.combine(products.back(d_z, w_in, d_outputs))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 
 

@@ -16,6 +16,7 @@ from moelab.experts import (
     choice,
     cuda,
     grouped_mm,
+    hopper,
     megablocks,
     megablocks_capacity,
     reference,
@@ -33,6 +34,7 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "triton": triton,
     "cuda": cuda,
+    "hopper": hopper,
     "megablocks": megablocks,
     "megablocks-capacity": megablocks_capacity,
 }
