@@ -67,9 +67,9 @@ inline void barrier_wait(Address barrier, int parity) {
     while (phases_of(my_block(), barrier).parity == static_cast<unsigned>(parity)) yield();
 }
 
-static Barrier warpgroups[8][6];
-inline void warpgroup_barrier(int warpgroup) {
-    Barrier& barrier = warpgroups[&my_block() - blocks.data()][warpgroup + 1];
+static Barrier warpgroups[8][16];
+inline void warpgroup_barrier(int first = 0) {
+    Barrier& barrier = warpgroups[&my_block() - blocks.data()][first + threadIdx.x / 128];
     barrier.size = 128;
     wait(barrier, arrive(barrier));
 }
@@ -145,12 +145,12 @@ inline float element(unsigned long long description, int across, int i, int k) {
 }
 
 // The products of a warpgroup's four warps are one: none is done before all are issued.
-inline void products_begin() { warpgroup_barrier(threadIdx.x / 128 + 2); }
+inline void products_begin() { warpgroup_barrier(8); }
 inline void products_issued() {}
-template <int LEFT> void products_wait() { warpgroup_barrier(threadIdx.x / 128 + 2); }
+template <int LEFT> void products_wait() { warpgroup_barrier(8); }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first = 0) {
+void multiply_half(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first = 0) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     for (int i = 0; i < 64; ++i) {
         float sum = add ? d[i] : 0;
@@ -162,9 +162,9 @@ void multiply(float (&d)[64], unsigned long long a, unsigned long long b, int ad
 }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply_wide(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
-    multiply<A_ACROSS, B_ACROSS>(d[0], a, b, add);
-    multiply<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
+void multiply(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
+    multiply_half<A_ACROSS, B_ACROSS>(d[0], a, b, add);
+    multiply_half<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
 }
 
 inline void hold(float (&)[64]) {}

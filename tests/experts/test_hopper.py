@@ -31,8 +31,8 @@ def test_the_products_compile(activation: str, blocks: int) -> None:
 
 def test_the_shared_memory_is_what_the_source_lays_out_and_a_multiprocessor_has() -> None:
     source = (nvrtc.FOLDER / "hopper.cu").read_text()
-    named = dict(re.findall(r"\b(MOST_STAGES|MOST_EXPERTS) = (\d+)", source))
-    assert (int(named["MOST_STAGES"]), int(named["MOST_EXPERTS"])) == (hopper.MOST_STAGES, hopper.MOST_EXPERTS)
+    named = dict(re.findall(r"\b(ROWS|COLUMNS|MOST_EXPERTS) = (\d+)", source))
+    assert tuple(map(int, named.values())) == (hopper.ROWS, hopper.COLUMNS, hopper.MOST_EXPERTS)
     assert hopper.SHARED <= 227 * 1024 - 1024
 
 
@@ -89,7 +89,8 @@ def routed(shape: Shape, routing: str) -> torch.Tensor:
 
 CASES = [
     ((70, 128, 128, 2, 1), "gelu", False, "uneven"),
-    ((300, 256, 256, 3, 2), "gelu", True, "uneven"),  # clusters of two, several turns of the stages
+    ((300, 512, 256, 3, 2), "gelu", True, "uneven"),  # clusters of two, several turns of the stages
+    ((200, 128, 384, 3, 2), "gelu", True, "uneven"),  # tiles of which half is there
     ((200, 128, 256, 4, 2), "silu", True, "dropped"),
     ((150, 256, 128, 3, 2), "relu2", True, "one-hot"),
     ((1, 128, 128, 5, 2), "gelu_tanh", True, "uneven"),

@@ -25,12 +25,12 @@ from moelab.experts import nvrtc
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
-TILE, WIDE = 128, 256  # rows of a tile, and columns; and columns of products without a curve: hopper.cu
-THREADS = 384
+ROWS, COLUMNS = 128, 256  # of a product's tile, and threads of its block without and with a curve: hopper.cu
+THREADS, CURVED_THREADS = 384, 640
 MOST_EXPERTS = 128
-MOST_STAGES = 5
-SHARED = 224 * 1024 + 8 * (2 * MOST_STAGES + 2) + 2 * 4 * (MOST_EXPERTS + 1)
+SHARED = 224 * 1024 + 8 * 12 + 2 * 4 * (MOST_EXPERTS + 1)
 SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
+SPARE = 1.0625  # times the rows of an even expert: a few more are not another part
 
 
 def unusable(device: torch.device) -> str | None:
@@ -76,8 +76,8 @@ def expert_mlp(
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
     experts, hidden, width = w_in.shape
     for name, size in (("width", width), ("expert-hidden", hidden)):
-        if size % TILE:
-            raise UsageError(f"{name} = {size}: the backend hopper takes multiples of {TILE}; use another backend")
+        if size % ROWS:
+            raise UsageError(f"{name} = {size}: the backend hopper takes multiples of {ROWS}; use another backend")
     if experts > MOST_EXPERTS:
         raise UsageError(f"experts = {experts}: the backend hopper takes {MOST_EXPERTS}; use another backend")
     y: torch.Tensor = torch.ops.moelab.hopper_experts(
@@ -129,7 +129,7 @@ class Products:
     ) -> None:  # fmt: skip
         """Rows (N, I) without their weights, w (E, I, O), z (N, O) → weight · (rows · w) · act'(z) and weight · act(z).
 
-        partial (N, O / 128), fp32: Σ (rows · w) · act(z) over columns.
+        partial (N, O / 256 rounded up), fp32: Σ (rows · w) · act(z) over the columns of a tile.
         """
         given = (z, weights, slot_of_row, partial)
         self._product("slope", rows, w, (d_z, h), *(t.data_ptr() for t in given))
@@ -140,13 +140,14 @@ class Products:
         """The first result."""
         (count, inside), outside = rows.shape, results[0].shape[1]
         if count > 0:
-            blocks = _cluster(outside, TILE if name in ("up", "slope") else WIDE)
-            maps = [self.launch.map(rows, TILE // blocks)]
-            maps += [self.launch.map(w.flatten(0, 1), TILE if name in ("up", "down") else 64)]
-            maps += [self.launch.map(t, 64) for t in results]
+            curved, blocks = name in ("up", "slope"), _cluster(outside)
+            maps = [self.launch.map(rows, ROWS // blocks)]
+            maps += [self.launch.map(w.flatten(0, 1), 128 if name in ("up", "down") else 64)]
+            maps += [] if curved else [self.launch.map(results[0], 64)]
             addresses = (t.data_ptr() for t in results)
             sizes = (len(self.offsets), inside, outside)
-            self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, *addresses, *given)
+            threads = CURVED_THREADS if curved else THREADS
+            self._run(name, blocks, threads, *maps, self.offsets.data_ptr(), *sizes, *addresses, *given)
         return results[0]
 
     def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -154,16 +155,15 @@ class Products:
         experts, outside, inside = w.shape
         if len(x) == 0:
             return torch.zeros_like(w)
-        blocks, dw = _cluster(inside, WIDE), torch.empty_like(w)
-        units = 4 * _multiprocessors(self.device)
-        even = len(x) * (outside // TILE) * -(-inside // WIDE) // units  # rows of a unit of work, were all alike
-        longest = max(SHORTEST, -(-even // 64) * 64)
+        blocks, dw = _cluster(inside), torch.empty_like(w)
+        tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
+        longest = _rows_at_once(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
         several = 2 * len(x) // longest if len(x) > longest else 0
         parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
         maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
         self._run(
-            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, longest, dw.data_ptr(),
-            parts.data_ptr(),
+            "weight_gradient", blocks, THREADS, *maps, self.offsets.data_ptr(), experts, outside, inside, longest,
+            dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
         self.launch(
             _source(self.activation, blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
@@ -171,14 +171,29 @@ class Products:
         )  # fmt: skip
         return dw
 
-    def _run(self, name: str, blocks: int, *arguments: Any) -> None:
+    def _run(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
         grid = (_multiprocessors(self.device) // blocks * blocks, 1)
-        self.launch(_source(self.activation, blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
+        self.launch(_source(self.activation, blocks), name, grid, (threads, 1), *arguments, shared=SHARED)
 
 
-def _cluster(outside: int, columns: int) -> int:
+def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
+    """Rows that a weight gradient sums at once: as leave the fewest clusters idle, were the experts alike.
+
+    tiles: of an expert, that a cluster has one of at a time.
+    """
+    even = -(-rows // experts)
+
+    def time(cuts: int) -> float:  # in rows: those of the busiest cluster, and what a tile that is cut costs besides
+        turns = -(-experts * tiles * cuts // clusters)
+        return turns * (even / cuts + (640 if cuts > 1 else 0))
+
+    cuts = min(range(1, max(1, even // SHORTEST) + 1), key=time)
+    return max(SHORTEST, -(-int(even / cuts * SPARE) // 64) * 64)
+
+
+def _cluster(outside: int) -> int:
     """Blocks of a cluster, which have neighbouring tiles of columns."""
-    return 2 if outside % (2 * columns) == 0 else 1
+    return 2 if outside % (2 * COLUMNS) == 0 else 1
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -224,7 +239,7 @@ def hopper_experts_backward(
         products = Products(launch, activation, offsets, dy.device)
         d_outputs = kernels.dispatch(dy)
         d_z, h = torch.empty_like(z), torch.empty_like(z)
-        partial = weights.new_empty(len(z), z.shape[1] // TILE)
+        partial = weights.new_empty(len(z), -(-z.shape[1] // COLUMNS))
         products.slope(d_outputs, w_out, d_z, h, z, weights, slot_of_row, partial)
         d_weights = kernels.slot_gradient(partial, dy, b_out)
         d_w_out = products.weight_gradient(d_outputs, h, w_out)
