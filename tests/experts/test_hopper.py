@@ -12,8 +12,7 @@ import pytest
 import torch
 from emulated_gpu import EmulatedLaunch
 
-from moelab.config import UsageError
-from moelab.experts import hopper, nvrtc, reference, self_check
+from moelab.experts import choice, hopper, nvrtc, reference, self_check
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.no_compiler() is not None, reason=f"nothing to compile with: {nvrtc.no_compiler()}"
@@ -120,11 +119,15 @@ def test_rows_of_another_expert_or_of_nobody_stay_out_of_a_weight_gradient(emula
 
 
 def test_what_it_does_not_take_is_refused_in_one_line() -> None:
-    assert hopper.refuses(torch.float32, "gelu", True, False) == "takes bf16, and this is float32"
-    assert hopper.refuses(torch.bfloat16, "swiglu", True, False) == "does not take swiglu"
-    x, weights, indices = torch.zeros(4, 100), torch.ones(4, 1), torch.zeros(4, 1, dtype=torch.int64)
-    with pytest.raises(UsageError, match="width = 100: the backend hopper takes multiples of 128"):
-        hopper.expert_mlp(x, weights, indices, torch.zeros(2, 128, 100), torch.zeros(2, 100, 128), None, None, "gelu")
+    assert "takes bf16" in (hopper.refuses(torch.float32, "gelu", True, False) or "")
+    assert "swiglu" in (hopper.refuses(torch.bfloat16, "swiglu", True, False) or "")
+    assert hopper.refuses_shape(choice.Shape(384, 128, 128, 2)) is None
+    for shape, said in (
+        (choice.Shape(100, 128, 2, 1), "width = 100: the backend hopper takes multiples of 128"),
+        (choice.Shape(128, 200, 2, 1), "expert-hidden = 200: the backend hopper takes multiples of 128"),
+        (choice.Shape(128, 128, 129, 1), "experts = 129: the backend hopper takes 128"),
+    ):
+        assert said in (self_check.refusal(hopper, torch.bfloat16, "gelu", bias=True, shape=shape) or "")
 
 
 TRIALS = {

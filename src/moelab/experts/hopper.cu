@@ -14,7 +14,7 @@ constexpr int AFTER = 14 * CHUNK;     // where the barriers stand
 constexpr int TABLES = AFTER + 8 * 12;
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
-constexpr int MULTIPLYING = 160, FINISHING = 64;  // registers of a thread
+constexpr int LOADING = 32, MULTIPLYING = 160, FINISHING = 64;  // registers of a thread, where the blocks have 640
 constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
 
 static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
@@ -392,7 +392,7 @@ template <int SLOPE> __device__ inline void curved_product(const Product& p) {
     Tiles tiles(p.offsets, p.experts, p.across());
     Tile tile;
     if (warpgroup == 0) {
-        fewer_registers<24>();
+        fewer_registers<LOADING>();
         if (threadIdx.x == 0) load_tiles<CURVED, SLOPE>(p, tiles);
     } else if (warpgroup < 3) {
         more_registers<MULTIPLYING>();

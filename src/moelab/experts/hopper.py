@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from moelab.config import Activation, UsageError
+from moelab.config import Activation
 from moelab.experts import cuda as rows_backend
 from moelab.experts import nvrtc
+from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
@@ -59,8 +60,21 @@ def identity(device: torch.device) -> tuple[str, ...]:
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
     """Why calls of this kind are not taken; None if they are."""
     if dtype != torch.bfloat16:
-        return f"takes bf16, and this is {str(dtype).removeprefix('torch.')}"
-    return "does not take swiglu" if activation == "swiglu" else None
+        name = str(dtype).removeprefix("torch.")
+        return f"precision = {name}: the backend hopper takes bf16; give --precision bf16 or another --backend"
+    if activation == "swiglu":
+        return "activation = swiglu: the backend hopper takes the others; give another --backend"
+    return None
+
+
+def refuses_shape(shape: Shape) -> str | None:
+    """Why experts of such sizes are not taken; None if they are."""
+    for name, size in (("width", shape.width), ("expert-hidden", shape.hidden)):
+        if size % ROWS:
+            return f"{name} = {size}: the backend hopper takes multiples of {ROWS}; give another --backend"
+    if shape.experts > MOST_EXPERTS:
+        return f"experts = {shape.experts}: the backend hopper takes {MOST_EXPERTS}; give another --backend"
+    return None
 
 
 def expert_mlp(
@@ -74,12 +88,6 @@ def expert_mlp(
     activation: Activation,
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
-    experts, hidden, width = w_in.shape
-    for name, size in (("width", width), ("expert-hidden", hidden)):
-        if size % ROWS:
-            raise UsageError(f"{name} = {size}: the backend hopper takes multiples of {ROWS}; use another backend")
-    if experts > MOST_EXPERTS:
-        raise UsageError(f"experts = {experts}: the backend hopper takes {MOST_EXPERTS}; use another backend")
     y: torch.Tensor = torch.ops.moelab.hopper_experts(
         _aligned(x_TD), weights_TK.contiguous(), indices_TK.long().contiguous(), _aligned(w_in), _aligned(w_out),
         None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(), activation,
@@ -111,7 +119,9 @@ class Products:
     def __init__(self, launch: nvrtc.Launch, activation: str, offsets: torch.Tensor, device: torch.device) -> None:
         self.launch, self.activation, self.offsets, self.device = launch, activation, offsets, device
 
-    def up(self, rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def up(
+        self, rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
         """rows (N, I), w (E, O, I) → z = rows · wᵀ + bias and h = act(z), (N, O)."""
         self._product("up", rows, w, (z, h), 0 if bias is None else bias.data_ptr())
 

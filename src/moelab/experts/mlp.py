@@ -137,6 +137,7 @@ def check_backend(
     activation: Activation,
     bias: bool,
     deterministic: bool = False,
+    shape: Shape | None = None,
 ) -> None:
     """Raises `UsageError` if `name` is not "auto" and cannot compute such experts on a device.
 
@@ -146,7 +147,7 @@ def check_backend(
         found = availability(name, device)
         if not found.usable:
             raise UsageError(f"backend = {name}: {found.reason}")
-        if reason := self_check.refusal(BACKENDS[name], dtype, activation, bias, deterministic):
+        if reason := self_check.refusal(BACKENDS[name], dtype, activation, bias, deterministic, shape):
             raise UsageError(reason)
 
 
@@ -163,13 +164,13 @@ def choose_backend(
 
     Raises `UsageError` where `check_backend` does.
     """
-    check_backend(name, device, dtype, activation, bias, deterministic)
+    check_backend(name, device, dtype, activation, bias, deterministic, shape)
     if name != "auto":
         return Choice(name, None)
     order = choice.order(choice.device_class(device), dtype, shape)
     passed = []
     for known in order.backends:
-        refused = self_check.refusal(BACKENDS[known], dtype, activation, bias, deterministic)
+        refused = self_check.refusal(BACKENDS[known], dtype, activation, bias, deterministic, shape)
         if refused is None and availability(known, device).usable:
             break
         passed.append(known)

@@ -16,6 +16,7 @@ import torch
 
 from moelab.config import Activation, moelab_home
 from moelab.experts import reference
+from moelab.experts.choice import Shape
 
 # Rows that are no multiple of 16 bytes, unless a backend names sizes D and F of its own that it takes (`TRIAL`).
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 40, 20, 36, 5, 2
@@ -24,13 +25,20 @@ TOLERANCE = 0.05  # relative; a wrong answer is far off, and bf16's rounding is 
 
 
 def refusal(
-    backend: ModuleType, dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool = False
+    backend: ModuleType,
+    dtype: torch.dtype,
+    activation: Activation,
+    bias: bool,
+    deterministic: bool = False,
+    shape: Shape | None = None,
 ) -> str | None:
     """What of a call a backend does not take, and what would work; None if it takes it, as one without `refuses` does.
 
-    `deterministic` asks for the same bits in every process.
+    `deterministic` asks for the same bits in every process; a shape is refused by a backend with `refuses_shape`.
     """
     said: str | None = backend.refuses(dtype, activation, bias, deterministic) if hasattr(backend, "refuses") else None
+    if said is None and shape is not None and hasattr(backend, "refuses_shape"):
+        said = backend.refuses_shape(shape)
     return said
 
 
