@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,11 @@ from moelab.experts import backend_of
 from moelab.experts.choice import announce
 from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
-from moelab.model.router import expert_load
 from moelab.text import PreparedText, prepare
-from moelab.training.balance import Balancer
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
-from moelab.training.optimizer import check_optimizer_state, learning_rate, make_optimizer
+from moelab.training.optimizer import check_optimizer_state, learning_rate
+from moelab.training.step import Step
 from moelab.training.upcycle import Start, upcycle
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
@@ -177,18 +176,6 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@dataclass
-class Window:
-    """What has happened since the last line of metrics, kept on the device until then."""
-
-    losses: list[torch.Tensor] = field(default_factory=list)
-    gradient_norms: list[torch.Tensor] = field(default_factory=list)
-    balance_losses: list[torch.Tensor] = field(default_factory=list)
-    z_losses: list[torch.Tensor] = field(default_factory=list)
-    expert_counts: list[torch.Tensor] = field(default_factory=list)
-    dropped: list[torch.Tensor] = field(default_factory=list)
-
-
 class Trainer:
     """One run under way."""
 
@@ -206,7 +193,6 @@ class Trainer:
         self.flops_per_token = flops_per_token(model)
         self.peak_flops = peak_flops(device, dtype)
         self.progress = Progress()
-        self.window = Window()
         self.score: Score | None = None
         self.last_line: dict[str, Any] = {}
         self.stop = threading.Event()
@@ -221,30 +207,22 @@ class Trainer:
         self.model = GPT(
             self.config.model, self.dtype, training.seed, checkpoint_activations=training.checkpoint_activations
         ).to(self.device)
-        self.optimizer = make_optimizer(self.model, self.config.training)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step = Step(self.model, training, self.batches)
         if resume:
-            progress, said = load_checkpoint(self.folder, self.model, self.optimizer)
+            progress, said = load_checkpoint(self.folder, self.model, self.step.optimizer)
             for line in said:
                 self.console.print(line, soft_wrap=True)
             if progress is not None:
                 self.progress = progress
+                self.step.go_on_from(progress)
                 self.console.print(f"going on from step {progress.step:,} of {self.config.training.steps:,}")
-                if progress.loss_scale is not None and self.scaler.is_enabled():
-                    self.scaler.load_state_dict(progress.loss_scale)
         upcycling = self.config.upcycling.upcycle is not None and self.progress.step == 0
         start = upcycle(self.model, self.config, self.text.tokenizer) if upcycling else None
-        self.balancer = Balancer(self.model)
         self.text.tokenizer.save(self.folder / "tokenizer")
         write_aside(self.folder / "config.json", self.config.to_json())
         self._keep_metrics_until(self.progress.step or -1)  # before the first step there is only an earlier start's
         if start is not None:
             self._log_start(start)
-        compiled = self.config.training.compile
-        use_compiler = compiled == "on" or (compiled == "auto" and self.device.type == "cuda")
-        if use_compiler:
-            torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
-        self.forward: Callable[..., Any] = torch.compile(self.model) if use_compiler else self.model
 
     def run(self) -> None:
         """Trains to the last step."""
@@ -330,69 +308,30 @@ class Trainer:
         return prefetched(self.batches, steps, self.progress.batches_digest, self.device)
 
     def _step(self, windows: torch.Tensor) -> None:
-        training, moe = self.config.training, self.config.model.moe
-        rate = learning_rate(self.progress.step, training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        step_loss = torch.zeros((), device=self.device)
-        for ids, targets in self.batches.micro_batches(windows):
-            out = self.forward(ids, targets)
-            loss = out.loss
-            if moe is not None:
-                loss = loss + moe.balance_loss * out.balance_loss + moe.z_loss * out.z_loss
-                self.window.balance_losses.append(out.balance_loss.detach())
-                self.window.z_losses.append(out.z_loss.detach())
-                self.window.expert_counts.append(out.expert_counts)
-                if out.dropped is not None:
-                    self.window.dropped.append(out.dropped)
-            self.scaler.scale(loss / training.accumulation).backward()
-            if moe is not None:
-                self.balancer.add(out.expert_counts)
-            step_loss += out.loss.detach() / training.accumulation
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.balancer.step()
-        self.window.losses.append(step_loss)
-        self.window.gradient_norms.append(norm.detach())
+        self.step(windows)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
 
     def _warm_up(self) -> None:
-        """Compiles and picks kernels on the first batch, before the clock starts; changes nothing."""
+        """Makes the first step ready, before the clock starts."""
         if self.progress.step < self.config.training.steps:
-            windows = self.batches.windows(self.progress.step).to(self.device)
-            out = self.forward(*next(self.batches.micro_batches(windows)))
-            (out.loss + out.balance_loss + out.z_loss).backward()
-            self.optimizer.zero_grad(set_to_none=True)
-            synchronize(self.device)
+            self.step.prepare(self.batches.windows(self.progress.step).to(self.device))
 
     def _read_window(self) -> dict[str, Any]:
         """A line of metrics from the window, which is emptied. Raises `RunFailed` on a loss that is not finite."""
-        window, self.window = self.window, Window()
-        losses, norms = torch.stack(window.losses).tolist(), torch.stack(window.gradient_norms).tolist()
+        losses, norms, experts = self.step.window.read()
         first = self.progress.step - len(losses) + 1
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=first):
             # Loss scaling meets gradients that are not finite on purpose, and skips their step.
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.step.scaler.is_enabled()):
                 self._fail(step, "loss" if not math.isfinite(loss) else "gradient")
-        line: dict[str, Any] = {
+        return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "train_loss": sum(losses) / len(losses),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate(self.progress.step - 1, self.config.training),
             "gradient_norm": norms[-1] if math.isfinite(norms[-1]) else None,
-        }
-        if window.expert_counts:
-            line["balance_loss"] = torch.stack(window.balance_losses).mean().item()
-            line["z_loss"] = torch.stack(window.z_losses).mean().item()
-            load = expert_load(torch.stack(window.expert_counts).sum(0)).tolist()
-            line["expert_load"] = [[round(share, 5) for share in layer] for layer in load]
-        if window.dropped:
-            line["dropped"] = torch.stack(window.dropped).mean(0).tolist()
-        return line
+        } | experts
 
     def _fail(self, step: int, what: str) -> None:
         training = self.config.training
@@ -421,9 +360,9 @@ class Trainer:
         self.console.print(words, soft_wrap=True, highlight=False)
 
     def _save(self) -> None:
-        if self.scaler.is_enabled():
-            self.progress.loss_scale = self.scaler.state_dict()
-        save_checkpoint(self.folder, self.model, self.optimizer, self.progress)
+        if self.step.scaler.is_enabled():
+            self.progress.loss_scale = self.step.scaler.state_dict()
+        save_checkpoint(self.folder, self.model, self.step.optimizer, self.progress)
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         line["seconds"] = round(self.progress.seconds, 6)
