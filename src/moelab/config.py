@@ -255,6 +255,9 @@ class TrainingConfig:
     """cuda, cuda:N, mps or cpu; auto takes a GPU when there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto uses it on CUDA."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Launch a whole optimizer step as one CUDA graph; auto does where the model is compiled and nothing in the step
+    waits for the host."""
     checkpoint_activations: bool = False
     """Keep only the blocks' inputs for the backward pass, which computes the blocks again: less memory, more time."""
     seed: int = 0

@@ -9,6 +9,7 @@ checkpoint needs no more than its step.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,7 +87,8 @@ def prefetched(
 
     A thread reads `block` steps at once into one of two buffers, page-locked for a GPU, so that a copy does not
     wait for the kernels before it. Reading step by step instead made a step on a GPU 5 to 10 % longer: that thread and
-    the one that launches kernels then wait for one another at every call.
+    the one that launches kernels then wait for one another at every call. To a GPU a step's windows travel while the
+    step before it is computed; they lie there until the one after the next is asked for.
 
     Args:
         batches: read by this thread alone until the iterator is closed.
@@ -113,18 +115,62 @@ def prefetched(
             digests.append(digest)
         return windows, digests
 
-    with ThreadPoolExecutor(1) as pool:
+    def from_host() -> Generator[tuple[torch.Tensor, str]]:
         count = -(-len(steps) // block)
         coming = pool.submit(read, 0) if count else None
         for number in range(count):
             assert coming is not None
             windows, digests = coming.result()
             coming = pool.submit(read, number + 1) if number + 1 < count else None
-            for part, seen in zip(windows, digests, strict=True):
-                yield part.to(device, non_blocking=True, copy=True), seen
+            yield from zip(windows, digests, strict=True)
             event = copied[number % 2]
             if event is not None:
                 event.record()
+
+    with ThreadPoolExecutor(1) as pool:
+        if pinned:
+            yield from _travelling(from_host(), device)
+        else:
+            for windows, seen in from_host():
+                yield windows.to(device, copy=True), seen
+
+
+def _travelling(
+    windows: Generator[tuple[torch.Tensor, str]], device: torch.device
+) -> Generator[tuple[torch.Tensor, str]]:
+    """Page-locked windows on a GPU, each copied by a stream of its own while the step before it is computed.
+
+    Two buffers there take turns. The events of `prefetched` are recorded where a copy is issued: on that stream.
+    """
+    stream = torch.cuda.Stream(device)
+    buffers: list[torch.Tensor] = []
+
+    def send(number: int) -> tuple[torch.Tensor, str, torch.cuda.Event] | None:
+        user = torch.cuda.current_stream(device)
+        with torch.cuda.stream(stream):
+            coming = next(windows, None)
+        if coming is None:
+            return None
+        part, seen = coming
+        if len(buffers) < 2:
+            buffers.append(torch.empty(part.shape, dtype=part.dtype, device=device))
+        stream.wait_stream(user)  # for all that reads what the buffer held
+        with torch.cuda.stream(stream):
+            buffers[number % 2].copy_(part, non_blocking=True)
+        return buffers[number % 2], seen, stream.record_event()
+
+    try:
+        ahead = send(0)
+        for number in itertools.count(1):
+            if ahead is None:
+                return
+            here, seen, arrived = ahead
+            ahead = send(number)
+            torch.cuda.current_stream(device).wait_event(arrived)
+            yield here, seen
+    finally:
+        stream.synchronize()  # before the buffers are given back
+        windows.close()
 
 
 def chain_digest(digest: str, windows: torch.Tensor) -> str:

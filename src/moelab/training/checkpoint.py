@@ -27,6 +27,7 @@ from torch import nn
 from moelab.config import RunConfig, RunFailed, UsageError
 from moelab.device import compute_dtype, resolve_device
 from moelab.model import GPT
+from moelab.training.optimizer import parts
 
 KEPT = 2  # complete checkpoints: the newest and its predecessor
 
@@ -156,16 +157,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in model.named_parameters():
-        for moment, value in optimizer.state.get(parameter, {}).items():
-            for part, tensor in _parts(value).items():
+        for moment, value in optimizer.state[parameter].items():
+            for part, tensor in parts(value).items():
                 tensors[f"{moment}{part}.{name}"] = tensor.detach().cpu().contiguous()
     return tensors
-
-
-def _parts(value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors that a moment is made of, by what stands behind its name: itself, or codes and their scales."""
-    flatten = getattr(value, "__tensor_flatten__", None)  # of PyTorch's protocol for tensors made of tensors
-    return {"": value} if flatten is None else {f".{part}": getattr(value, part) for part in flatten()[0]}
 
 
 def _fill_model(model: nn.Module, weights: dict[str, torch.Tensor], place: Path) -> None:
@@ -187,14 +182,9 @@ def _fill_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: d
     if torch.cuda.is_available() and "random.cuda" in state:
         torch.cuda.set_rng_state(state["random.cuda"])
     for name, parameter in model.named_parameters():
-        made = optimizer.state.get(parameter, {})
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
-            if moment in made:  # with the optimizer, in the form and the place that it needs
-                for part, tensor in _parts(made[moment]).items():
-                    tensor.copy_(state[f"{moment}{part}.{name}"])
-            elif (key := f"{moment}.{name}") in state:
-                fused_or_cpu = parameter.device if moment != "step" or parameter.is_cuda else torch.device("cpu")
-                optimizer.state[parameter][moment] = state[key].to(fused_or_cpu)
+        for moment, value in optimizer.state[parameter].items():  # in the form and the place that the optimizer needs
+            for part, tensor in parts(value).items():
+                tensor.copy_(state[f"{moment}{part}.{name}"])
 
 
 def _verified_progress(place: Path) -> Progress:

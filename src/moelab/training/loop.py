@@ -45,7 +45,7 @@ from moelab.text import PreparedText, prepare
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from moelab.training.optimizer import check_optimizer_state, learning_rate
-from moelab.training.step import Step
+from moelab.training.step import Step, check_capture
 from moelab.training.upcycle import Start, upcycle
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
@@ -54,6 +54,7 @@ MAY_DIFFER = frozenset(
     for name in (
         "device",
         "compile",
+        "capture",
         "checkpoint_activations",
         "evaluation_interval",
         "log_interval",
@@ -90,6 +91,7 @@ def train(
     dtype = compute_dtype(run.training.precision, device)
     chosen = backend_of(run.model, device, dtype, run.training.deterministic) if run.model.moe is not None else None
     check_optimizer_state(run.training.optimizer_state)
+    check_capture(run.training, device)
     _claim(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
@@ -315,7 +317,9 @@ class Trainer:
     def _warm_up(self) -> None:
         """Makes the first step ready, before the clock starts."""
         if self.progress.step < self.config.training.steps:
-            self.step.prepare(self.batches.windows(self.progress.step).to(self.device))
+            said = self.step.prepare(self.batches.windows(self.progress.step).to(self.device))
+            if said is not None:
+                self.console.print(said, soft_wrap=True, highlight=False)
 
     def _read_window(self) -> dict[str, Any]:
         """A line of metrics from the window, which is emptied. Raises `RunFailed` on a loss that is not finite."""

@@ -54,7 +54,31 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
             return AdamWBf16(groups, **settings)
         case "8bit":
             return _adamw_8bit(groups, settings, compiled=device.type == "cuda" and config.compile != "off")
-    return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **settings)
+    return _adamw_fp32(groups, settings, device)
+
+
+def parts(value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The plain tensors that a moment is made of, by what stands behind its name: itself, or codes and their scales."""
+    flatten = getattr(value, "__tensor_flatten__", None)  # of PyTorch's protocol for tensors made of tensors
+    return {"": value} if flatten is None else {f".{part}": getattr(value, part) for part in flatten()[0]}
+
+
+@torch.no_grad()
+def rehearse(optimizer: torch.optim.Optimizer) -> None:
+    """Runs a step's kernels once, each parameter's by itself, and puts back to the bit what they changed.
+
+    A kernel that is compiled or loaded at its first use would else be so while a CUDA graph is captured. Of memory it
+    takes a gradient and a copy of one parameter and its state.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            held = [p, *(tensor for value in optimizer.state[p].values() for tensor in parts(value).values())]
+            kept = [tensor.clone() for tensor in held]
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+            p.grad = None
+            for tensor, before in zip(held, kept, strict=True):
+                tensor.copy_(before)
 
 
 def check_optimizer_state(state: str) -> None:
@@ -71,6 +95,20 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     progress = (step - warmup) / max(1, config.steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
+
+
+def _adamw_fp32(groups: list[dict[str, Any]], settings: dict[str, Any], device: torch.device) -> torch.optim.Optimizer:
+    """PyTorch's AdamW, whose state is made at once: made by the first step it would be zeroed at each replay of one."""
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(groups, fused=fused, capturable=device.type == "cuda", **settings)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
 
 
 class AdamWBf16(torch.optim.Optimizer):

@@ -8,20 +8,27 @@ host one copy and one launch; what is not captured runs the same code, kernel by
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from moelab.config import TrainingConfig
+from moelab.config import RunFailed, TrainingConfig, UsageError
 from moelab.device import synchronize
 from moelab.model import GPT
 from moelab.model.gpt import Output
 from moelab.training.balance import Balancer
 from moelab.training.batches import Batches
 from moelab.training.checkpoint import Progress
-from moelab.training.optimizer import learning_rate, make_optimizer
+from moelab.training.optimizer import learning_rate, make_optimizer, rehearse
 from moelab.training.window import Window
+
+
+def check_capture(config: TrainingConfig, device: torch.device) -> None:
+    """Raises `UsageError` if a step cannot be captured on a device and is to be."""
+    if config.capture == "on" and device.type != "cuda":
+        raise UsageError(f"capture = on: needs a CUDA device, and this run is on {device.type}; give auto or off")
 
 
 class Step:
@@ -48,10 +55,12 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)
-        compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
-        if compiled:
+        self.compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        if self.compiled:
             torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
-        self.forward: Callable[..., Any] = torch.compile(model) if compiled else model
+        self.forward: Callable[..., Any] = torch.compile(model) if self.compiled else model
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.input = torch.empty(0)  # the windows of a captured step
 
     def go_on_from(self, progress: Progress) -> None:
         """Takes up where a checkpoint, whose tensors are in the model and the optimizer, was made."""
@@ -59,15 +68,84 @@ class Step:
         if progress.loss_scale is not None and self.scaler.is_enabled():
             self.scaler.load_state_dict(progress.loss_scale)
 
-    def prepare(self, windows: torch.Tensor) -> None:
-        """Compiles and picks kernels on a step's sequences; changes nothing that training goes by."""
-        self._learn(*next(self.batches.micro_batches(windows)))
-        self.optimizer.zero_grad(set_to_none=True)
+    def prepare(self, windows: torch.Tensor) -> str | None:
+        """Compiles, picks kernels and, where that is wanted and can be, captures the step; trains nothing.
+
+        Args:
+            windows: of any step, as for a call.
+
+        Returns:
+            A line for the user where `capture` "auto" would have captured the step and cannot.
+
+        Raises:
+            UsageError: `capture` is "on", and part of the step waits for the host.
+            RunFailed: the step could not be captured for a reason that only shows when it is tried.
+        """
+        wanted = self.config.capture == "on" or (self.config.capture == "auto" and self.compiled)
+        if self.device.type != "cuda" or not wanted:
+            self._rehearse(windows)
+            synchronize(self.device)
+            return None
+        # Not on the default stream: autograd would remember it for each parameter and leave the capture for it.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._rehearse(windows)
+            waits = self._waits_for_host(windows)
+            if waits is None:
+                rehearse(self.optimizer)
+                self.input = windows.clone()
         synchronize(self.device)
+        if waits is None:
+            self._capture(stream)
+        elif self.config.capture == "on":
+            raise UsageError(f"capture = on: {waits}; give auto or off")
+        return waits and f"capture = auto: {waits}, so it is launched kernel by kernel"
 
     def __call__(self, windows: torch.Tensor) -> None:
         """Trains on (sequences of a step, context + 1) int64, on the model's device."""
-        self._run(windows)
+        if self.graph is None:
+            self._run(windows)
+        else:
+            self.input.copy_(windows)
+            self.graph.replay()
+
+    def _rehearse(self, windows: torch.Tensor) -> None:
+        self._learn(*next(self.batches.micro_batches(windows)))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _waits_for_host(self, windows: torch.Tensor) -> str | None:
+        """What of the step waits for the device on the host, which no CUDA graph can hold; None if nothing does."""
+        if self.scaler.is_enabled() and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return f"with optimizer-state {self.config.optimizer_state} the loss scaling of fp16 waits for the host"
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it does not find all that waits: the capture finds the rest
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._rehearse(windows)
+        except RuntimeError as problem:
+            if "synchronizing CUDA operation" not in str(problem):
+                raise
+            self.optimizer.zero_grad(set_to_none=True)
+            moe = self.model.config.moe
+            return "a step of this model waits for the host" + (f" (backend {moe.backend})" if moe else "")
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return None
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        """Captures the step. Gradients and activations are in the graph's own memory, and new at each replay."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                self._run(self.input)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as problem:
+            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            raise RunFailed(f"capture = {self.config.capture}: failed ({line}); give --capture off") from problem
+        self.graph = graph
 
     def _run(self, windows: torch.Tensor) -> None:
         self.rate.copy_(self.rates.take(self.done))
