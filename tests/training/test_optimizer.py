@@ -16,6 +16,8 @@ from moelab.training.optimizer import (
     check_optimizer_state,
     learning_rate,
     make_optimizer,
+    parts,
+    rehearse,
     update_by_kernel,
     update_by_operators,
 )
@@ -175,9 +177,6 @@ def test_a_captured_step_counts_on(state: str) -> None:
     for captured in (False, True):
         model, optimizer = walked(state, steps=3, device="cuda")
         rate = torch.tensor(0.01, device="cuda")
-        if state == "fp32":
-            for group in optimizer.param_groups:
-                group["capturable"] = True
         for group in optimizer.param_groups:
             group["lr"] = rate
         graph = torch.cuda.CUDAGraph()
@@ -190,3 +189,19 @@ def test_a_captured_step_counts_on(state: str) -> None:
         outcomes.append([p.detach().clone() for p in model.parameters()])
     for one, other in zip(*outcomes, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_rehearsal_leaves_everything_as_it_was_to_the_bit(state: str) -> None:
+    model, optimizer = walked(state, steps=3)
+
+    def snapshot() -> list[torch.Tensor]:
+        moments = (value for p in model.parameters() for value in optimizer.state[p].values())
+        return [t.detach().clone() for t in (*model.parameters(), *(t for m in moments for t in parts(m).values()))]
+
+    before = snapshot()
+    for p in model.parameters():
+        p.grad = None
+    rehearse(optimizer)
+    assert all(torch.equal(one, other) for one, other in zip(snapshot(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())

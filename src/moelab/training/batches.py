@@ -169,7 +169,7 @@ def _travelling(
             torch.cuda.current_stream(device).wait_event(arrived)
             yield here, seen
     finally:
-        stream.synchronize()  # before the buffers are given back
+        torch.cuda.current_stream(device).wait_stream(stream)  # before the buffers' memory is used for something else
         windows.close()
 
 

@@ -32,9 +32,8 @@ class Window:
     def __init__(self, model: ModelConfig, accumulation: int, steps: int, device: torch.device) -> None:
         moe, layers = model.moe, len(model.moe_layers)
         drops = moe is not None and moe.capacity_factor is not None
-        of_micro_batch = (2 + layers * drops) if layers else 0
-        self.accumulation = accumulation
-        self.rows = torch.zeros(steps, 2 + accumulation * of_micro_batch, device=device)
+        self.figures = (2 + layers * drops) if layers else 0  # of a micro-batch
+        self.rows = torch.zeros(steps, 2 + accumulation * self.figures, device=device)
         self.numbers = torch.arange(steps, device=device)[:, None]
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(layers, moe.experts if moe else 0, dtype=torch.int64, device=device)
@@ -61,7 +60,7 @@ class Window:
         experts: dict[str, Any] = {}
         if len(self.counts):
             load = expert_load(self.counts).tolist()
-            parts = rows[:, 2:].reshape(len(rows) * self.accumulation, -1)
+            parts = rows[:, 2:].reshape(-1, self.figures)
             experts["balance_loss"] = parts[:, 0].contiguous().mean().item()
             experts["z_loss"] = parts[:, 1].contiguous().mean().item()
             experts["expert_load"] = [[round(share, 5) for share in layer] for layer in load]
