@@ -61,6 +61,8 @@ class TrainFlags(SizeFlags):
     """Folder of the run; out-baseline for dense, out-moe for moe, out-ARM for others, when not given."""
     resume: bool = False
     """Go on with the run in that folder, from its newest checkpoint."""
+    profile: bool = False
+    """Also write a timeline of a few steps, trace.json.gz in the run's folder, for https://ui.perfetto.dev."""
     upcycling: Annotated[UpcyclingConfig, tyro.conf.OmitArgPrefixes] = UpcyclingConfig()
 
 
@@ -202,7 +204,7 @@ def train(arguments: list[str]) -> None:
     out = flags.out or Path({"dense": "out-baseline"}.get(flags.arm, f"out-{flags.arm}"))
     if flags.resume and (out / "config.json").exists():
         run = resumed_config(out, run, default)
-    summary = train_run(run, out, resume=flags.resume, command=_command("train", arguments))
+    summary = train_run(run, out, resume=flags.resume, profile=flags.profile, command=_command("train", arguments))
     print(f"{out}: validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.4f} bits per byte)")
 
 

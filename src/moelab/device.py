@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import importlib
 import os
 import platform
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from moelab.config import Precision, UsageError
+from moelab.config import Precision, UsageError, moelab_home
 
 # Dense bf16 (or fp16) matrix peak in FLOP/s, without sparsity, from the vendors' data sheets. The first name that the
 # device's own name contains decides, so the longer names of one family come first.
@@ -148,6 +150,27 @@ def keep_freed_memory() -> None:
         c_library.mallopt(mmap_threshold, 1 << 30)
         c_library.mallopt(trim_threshold, (1 << 31) - 1)
         c_library.mallopt(top_pad, 64 << 20)
+
+
+def keep_compiled_code() -> None:
+    """Has torch.compile and Triton keep what they compile under MOELAB_HOME, for this process and those it starts.
+
+    Folders that the user names, in the variables of those two, are left. `compiled` has a folder for each state of our
+    operators: PyTorch finds a compiled graph again by its operators' names, without their gradients' formulas.
+    """
+    here = Path(__file__).resolve().parent
+    source = hashlib.sha256()
+    for file in sorted(file for folder in ("experts", "model") for file in (here / folder).glob("*.py")):
+        source.update(file.read_bytes())
+    folder = moelab_home() / "compiled" / source.hexdigest()[:16]
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(folder / name))
+    settings, ours_too = (
+        importlib.import_module("torch._functorch.config"),
+        "autograd_cache_allow_custom_autograd_functions",
+    )
+    if hasattr(settings, ours_too):  # or a graph with an autograd function is traced again at each start
+        setattr(settings, ours_too, True)
 
 
 def synchronize(device: torch.device) -> None:

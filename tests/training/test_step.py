@@ -106,12 +106,11 @@ def written_out(step: Step) -> tuple[list[float], GPT]:
 
 @pytest.mark.parametrize(("arm", "moe"), [("dense", None), ("moe", BIASED)], ids=["dense", "moe"])
 def test_200_steps_are_those_of_a_loop_written_out(arm: str, moe: MoEConfig | None) -> None:
-    """To a thousandth of the loss: they round differently in fp32, and 200 steps make more of that."""
+    """To a hundred-thousandth of the loss: they round differently in fp32, and 200 steps make more of that."""
     step = made(arm, moe=moe)
     losses, model = written_out(step)
     found = trained(step, 0, 200)
-    np.testing.assert_allclose(found, losses, rtol=1e-3)
-    np.testing.assert_allclose(found[:20], losses[:20], rtol=1e-5)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
     assert losses[-1] < losses[0] - 0.3
     for p, right in zip(step.model.parameters(), model.parameters(), strict=True):
         assert ((p - right).norm() <= 2e-2 * right.norm() + 1e-3).item()
@@ -285,7 +284,8 @@ def test_a_step_that_waits_for_the_host_is_not_captured_and_says_so() -> None:
     assert said is not None
     assert said.startswith("capture = auto: a step of this model waits for the host (backend reference)")
     assert step.graph is None
-    assert trained(step, 0, 60)[-1] < 4.1  # from ln 64 = 4.16
+    losses = trained(step, 0, 60)
+    assert losses[-1] < losses[0]
     insisted = made("moe", moe=moe, sizes=LEARNED, device="cuda", dtype=torch.bfloat16, capture="on")
     with pytest.raises(UsageError, match="capture = on: a step of this model waits for the host"):
         insisted.prepare(insisted.batches.windows(0).cuda())

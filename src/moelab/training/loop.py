@@ -28,6 +28,7 @@ from moelab.config import RunConfig, RunFailed, UsageError
 from moelab.device import (
     compute_dtype,
     environment,
+    keep_compiled_code,
     keep_freed_memory,
     peak_flops,
     peak_memory,
@@ -46,6 +47,7 @@ from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
 from moelab.training.optimizer import check_optimizer_state, learning_rate
 from moelab.training.step import Step, check_capture
+from moelab.training.trace import traced
 from moelab.training.upcycle import Start, upcycle
 
 # Settings that may differ when a run goes on: they change how fast or how often, never what is computed from what.
@@ -73,12 +75,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 def train(
-    run: RunConfig, folder: Path, *, resume: bool = False, command: str = "", console: Console | None = None
+    run: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+    command: str = "",
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains `run` into `folder` and returns its summary.
 
     With `resume` a run that is there goes on from its newest good checkpoint; a finished one is left as it is, and its
-    summary returned.
+    summary returned. With `profile` a few steps are written to the folder's `trace.json.gz`, which slows those down.
 
     Raises:
         UsageError: a setting that cannot work; a folder that cannot be written, or that holds a run and `resume` is
@@ -87,6 +95,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM, after the step at hand and its checkpoint.
     """
     console = console or Console(stderr=True)
+    keep_compiled_code()
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
     chosen = backend_of(run.model, device, dtype, run.training.deterministic) if run.model.moe is not None else None
@@ -107,7 +116,7 @@ def train(
     trainer = Trainer(run, folder, text, device, dtype, console)
     with _determinism(run.training.deterministic):
         trainer.set_up(resume)
-        trainer.run()
+        trainer.run(profile)
     return trainer.finish(command)
 
 
@@ -226,14 +235,21 @@ class Trainer:
         if start is not None:
             self._log_start(start)
 
-    def run(self) -> None:
+    def run(self, profile: bool = False) -> None:
         """Trains to the last step."""
         training = self.config.training
-        with self._progress_bar() as advance, self._signals(), contextlib.closing(self._windows()) as ahead:
+        with contextlib.ExitStack() as stack:
+            advance = stack.enter_context(self._progress_bar())
+            stack.enter_context(self._signals())
+            ahead = stack.enter_context(contextlib.closing(self._windows()))
             self._warm_up()
+            file = self.folder / "trace.json.gz"
+            end_step = stack.enter_context(traced(file, self.device, self._say)) if profile else None
             clock = time.perf_counter()
             for windows, digest in ahead:
                 self._step(windows)
+                if end_step is not None:
+                    end_step()
                 self.progress.batches_digest = digest
                 done = self.progress.step
                 last, stopping = done == training.steps, self.stop.is_set()
@@ -319,7 +335,7 @@ class Trainer:
         if self.progress.step < self.config.training.steps:
             said = self.step.prepare(self.batches.windows(self.progress.step).to(self.device))
             if said is not None:
-                self.console.print(said, soft_wrap=True, highlight=False)
+                self._say(said)
 
     def _read_window(self) -> dict[str, Any]:
         """A line of metrics from the window, which is emptied. Raises `RunFailed` on a loss that is not finite."""
@@ -336,6 +352,9 @@ class Trainer:
             "learning_rate": learning_rate(self.progress.step - 1, self.config.training),
             "gradient_norm": norms[-1] if math.isfinite(norms[-1]) else None,
         } | experts
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, highlight=False)
 
     def _fail(self, step: int, what: str) -> None:
         training = self.config.training
@@ -361,7 +380,7 @@ class Trainer:
         moe = self.config.model.moe
         assert moe is not None
         words = start.in_words(moe.experts, len(self.config.model.moe_layers), line["val_loss"])
-        self.console.print(words, soft_wrap=True, highlight=False)
+        self._say(words)
 
     def _save(self) -> None:
         if self.step.scaler.is_enabled():

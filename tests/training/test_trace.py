@@ -1,0 +1,49 @@
+"""`--profile`, and where compiled code is kept."""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moelab.config import RunConfig
+from moelab.device import keep_compiled_code
+from moelab.training import train
+
+MakeRun = Callable[..., RunConfig]
+
+
+def test_a_profiled_run_leaves_a_timeline_of_its_steps_and_the_same_losses(tiny_run: MakeRun, tmp_path: Path) -> None:
+    said = io.StringIO()
+    profiled = train(tiny_run(), tmp_path / "run", profile=True, console=Console(file=said, width=200))
+    with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {name for name in names if str(name).startswith("ProfilerStep#")} == {
+        f"ProfilerStep#{n}" for n in range(5, 10)
+    }
+    assert "aten::scaled_dot_product_attention" in names
+    assert "trace.json.gz; open it in https://ui.perfetto.dev" in said.getvalue()
+    assert profiled["val_loss"] == train(tiny_run(), tmp_path / "plain")["val_loss"]
+
+
+def test_a_run_too_short_for_a_profile_says_so(tiny_run: MakeRun, tmp_path: Path) -> None:
+    said = io.StringIO()
+    train(tiny_run(steps=3), tmp_path / "run", profile=True, console=Console(file=said, width=200))
+    assert "profile: nothing is written; it takes 10 steps, and this run made 3" in said.getvalue()
+    assert not (tmp_path / "run" / "trace.json.gz").exists()
+
+
+def test_compiled_code_is_kept_under_the_home_unless_the_user_names_a_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
+    assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(home / "compiled")
