@@ -242,6 +242,7 @@ class Trainer:
             advance = stack.enter_context(self._progress_bar())
             stack.enter_context(self._signals())
             ahead = stack.enter_context(contextlib.closing(self._windows()))
+            stack.callback(self.step.release)
             self._warm_up()
             file = self.folder / "trace.json.gz"
             end_step = stack.enter_context(traced(file, self.device, self._say)) if profile else None

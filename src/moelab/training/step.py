@@ -110,6 +110,10 @@ class Step:
             self.input.copy_(windows)
             self.graph.replay()
 
+    def release(self) -> None:
+        """Gives back the memory of a captured step; a later call launches it kernel by kernel."""
+        self.graph = None
+
     def _rehearse(self, windows: torch.Tensor) -> None:
         self._learn(*next(self.batches.micro_batches(windows)))
         self.optimizer.zero_grad(set_to_none=True)
