@@ -193,7 +193,7 @@ def train(arguments: list[str]) -> None:
 
     chosen = _preset_of(arguments)
     base = TrainFlags(preset=chosen, **_preset_settings(chosen))
-    flags = parse(TrainFlags, "train", arguments, base)
+    flags = of_given_batch(parse(TrainFlags, "train", arguments, base), arguments)
     run = run_config(flags)
     default = run_config(replace(base, arm=flags.arm, preset=flags.preset))
     if run.model.moe is None and flags.arm == "dense" and flags.moe != base.moe:
@@ -204,6 +204,10 @@ def train(arguments: list[str]) -> None:
     out = flags.out or Path({"dense": "out-baseline"}.get(flags.arm, f"out-{flags.arm}"))
     if flags.resume and (out / "config.json").exists():
         run = resumed_config(out, run, default)
+        if _gives_batch(arguments):  # as it was given, even where that is the preset's
+            asked = flags.training
+            training = replace(run.training, batch_size=asked.batch_size, accumulation=asked.accumulation)
+            run = replace(run, training=training)
     summary = train_run(run, out, resume=flags.resume, profile=flags.profile, command=_command("train", arguments))
     print(f"{out}: validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.4f} bits per byte)")
 
@@ -215,7 +219,8 @@ def compare(arguments: list[str]) -> None:
     from moelab.experts import check_backend
 
     chosen = _preset_of(arguments)
-    flags = parse(CompareFlags, "compare", arguments, CompareFlags(preset=chosen, **_preset_settings(chosen)))
+    base = CompareFlags(preset=chosen, **_preset_settings(chosen))
+    flags = of_given_batch(parse(CompareFlags, "compare", arguments, base), arguments)
     comparison = Comparison(
         preset=flags.preset,
         arms=_words(flags.arms),
@@ -494,6 +499,24 @@ def _preset_of(arguments: Sequence[str]) -> str:
 def _preset_settings(name: str) -> dict[str, Any]:
     chosen = preset(name)
     return {"model": chosen.model, "moe": chosen.moe, "data": chosen.data, "training": chosen.training}
+
+
+Sized = TypeVar("Sized", bound=SizeFlags)
+
+
+def of_given_batch(flags: Sized, arguments: Sequence[str]) -> Sized:
+    """The flags with `auto_batch` off where the batch was given, and it was not asked for beside."""
+    if not _gives_batch(arguments) or _gives(arguments, "--auto-batch"):
+        return flags
+    return replace(flags, training=replace(flags.training, auto_batch=False))
+
+
+def _gives_batch(arguments: Sequence[str]) -> bool:
+    return _gives(arguments, "--batch-size") or _gives(arguments, "--accumulation")
+
+
+def _gives(arguments: Sequence[str], name: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") == name for word in arguments)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -231,6 +231,9 @@ class TrainingConfig:
     """Sequences of one micro-batch."""
     accumulation: int = 4
     """Micro-batches whose gradients are summed for one optimizer step."""
+    auto_batch: bool = False
+    """Take the sequences of a step, batch-size × accumulation, in micro-batches as large as the memory has room for; on
+    for the presets, unless --batch-size or --accumulation is given."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
     min_learning_rate: float = 3e-5

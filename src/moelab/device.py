@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib
 import os
@@ -133,6 +134,22 @@ def peak_memory(device: torch.device) -> int | None:
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        except (OSError, StopIteration):
+            return None
+    return None
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a run can allocate: on CUDA what is free, and what PyTorch holds of it already without using it; on
+    Linux CPUs what the kernel deems available; None where it is not known."""
+    if device.type == "cuda":
+        gc.collect()  # an earlier run's tensors may be in cycles
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         except (OSError, StopIteration):
             return None
     return None

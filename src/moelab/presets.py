@@ -24,7 +24,7 @@ class Preset:
 
 
 def _reference(layers: int, heads: int, width: int, context: int) -> Preset:
-    return Preset(ModelConfig(layers, heads, width, context), TrainingConfig())
+    return Preset(ModelConfig(layers, heads, width, context), TrainingConfig(auto_batch=True))
 
 
 PRESETS: dict[str, Preset] = {
@@ -34,6 +34,7 @@ PRESETS: dict[str, Preset] = {
             steps=300,
             batch_size=16,
             accumulation=1,
+            auto_batch=True,
             learning_rate=2e-3,
             min_learning_rate=2e-4,
             warmup_steps=30,

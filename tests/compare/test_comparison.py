@@ -8,12 +8,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from moelab.compare import Comparison, run_comparison
-from moelab.config import UsageError
+from moelab.compare import Comparison, parse_arm, run_comparison
+from moelab.config import DataConfig, ModelConfig, MoEConfig, TrainingConfig, UsageError
+from moelab.training import memory
+from moelab.training.memory import FILL, training_memory
 
 Finish = Callable[..., Path]
 Make = Callable[..., Comparison]
@@ -106,3 +110,70 @@ def test_the_table_fits_a_terminal_of_80_columns(small: Make, finish: Finish, tm
         if entry["against"] == "dense":
             assert f"{entry['difference']:+.3f}{star}".replace("-", "−") in line
     assert all(sentence in " ".join(shown.split()) for sentence in results["words"]["headline"])
+
+
+def tiny(story: Path, **fields: Any) -> Comparison:
+    """A comparison that trains in a second, of 8 sequences a step, in micro-batches as the memory has room."""
+    training = TrainingConfig(
+        steps=2, batch_size=8, accumulation=1, auto_batch=True, warmup_steps=1, device="cpu", precision="fp32"
+    )
+    made: dict[str, Any] = {
+        "model": ModelConfig(layers=2, heads=2, width=32, context=32), "moe": MoEConfig(experts=4, top_k=2),
+        "data": DataConfig(data=f"text:{story}", tokenizer="bytes"), "training": training, "arms": ("dense", "moe"),
+    }  # fmt: skip
+    return Comparison(**(made | fields))
+
+
+def room_for(comparison: Comparison, arm: str, sequences: int) -> int:
+    """Bytes that hold an arm's step in micro-batches of so many sequences, and no larger ones."""
+    training = replace(comparison.training, batch_size=sequences)
+    model = replace(comparison.model_of(arm), vocabulary=320)
+    return int(1.02 * training_memory(model, training, torch.device("cpu"), torch.float32).total / FILL)
+
+
+def cuts(folder: Path) -> dict[str, tuple[int, int, bool]]:
+    found = {path.parent.name: json.loads(path.read_text())["training"] for path in folder.glob("*/config.json")}
+    return {name: (t["batch_size"], t["accumulation"], t["auto_batch"]) for name, t in found.items()}
+
+
+def test_every_arm_has_the_micro_batch_that_the_largest_has_room_for_and_keeps_it(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = tiny(story)
+    monkeypatch.setattr(memory, "available_memory", lambda _: room_for(comparison, "moe", 4))
+    console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
+    run_comparison(comparison, tmp_path / "runs", console=console)
+    assert cuts(tmp_path / "runs") == {"dense-seed0": (4, 2, False), "moe-seed0": (4, 2, False)}
+    assert "every arm: 2 micro-batches of 4 sequences a step" in console.export_text()
+    monkeypatch.setattr(memory, "available_memory", lambda _: None)  # elsewhere, with an arm more
+    run_comparison(tiny(story, arms=("dense", "moe", "dense-wide")), tmp_path / "runs")
+    assert set(cuts(tmp_path / "runs").values()) == {(4, 2, False)}
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert (results["training"]["batch_size"], results["training"]["accumulation"]) == (4, 2)
+
+
+def test_choosing_the_micro_batch_leaves_each_arm_its_own_settings(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = tuple(map(parse_arm, ("slow:learning-rate=1e-4,clip=0.5", "plain:")))
+    comparison = tiny(story, arms=(), overridden=arms)
+    monkeypatch.setattr(memory, "available_memory", lambda _: room_for(comparison, "plain", 2))
+    run_comparison(comparison, tmp_path)
+    stored = {
+        n: json.loads((tmp_path / f"{n}-seed0" / "config.json").read_text())["training"] for n in ("slow", "plain")
+    }
+    assert [stored[n]["batch_size"] for n in stored] == [2, 2]
+    assert [(stored[n]["learning_rate"], stored[n]["clip"]) for n in stored] == [(1e-4, 0.5), (3e-4, 1.0)]
+
+
+@pytest.mark.parametrize("auto", [True, False], ids=["chosen", "given"])
+def test_an_arm_that_the_memory_does_not_hold_is_refused_before_the_first_is_trained(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auto: bool
+) -> None:
+    comparison = tiny(story)
+    training = replace(comparison.training, auto_batch=auto, batch_size=1, accumulation=8)
+    comparison = replace(comparison, training=training)
+    monkeypatch.setattr(memory, "available_memory", lambda _: int(0.8 * room_for(comparison, "moe", 1)))
+    with pytest.raises(UsageError, match=r"memory = 0\.0 GiB free on cpu: smoke moe needs .*what fits: "):
+        run_comparison(comparison, tmp_path)
+    assert cuts(tmp_path) == {}

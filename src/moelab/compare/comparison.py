@@ -17,11 +17,21 @@ from moelab.compare.run import Run, read_run
 from moelab.compare.sweep import Trial, choose, sweep_results
 from moelab.compare.table import print_table
 from moelab.config import UsageError
+from moelab.device import compute_dtype, resolve_device
 from moelab.evaluation import score
 from moelab.text import Tokenizer, prepare
 from moelab.training import train
 from moelab.training.checkpoint import load
-from moelab.training.loop import Diverged, Interrupted, finished_summary, first_difference, stored_run, write_aside
+from moelab.training.loop import (
+    Diverged,
+    Interrupted,
+    finished_summary,
+    first_difference,
+    padded_vocabulary,
+    stored_run,
+    write_aside,
+)
+from moelab.training.memory import cut_as, split_as, split_in_words, split_step
 
 DIVERGED = "diverged.txt"  # in the folder of a sweep's run whose loss did not stay finite: it is not tried again
 
@@ -66,6 +76,7 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
     for arm in comparison.names:
         if match := comparison.match_of(arm):
             console.print(f"{arm}: {match}", highlight=False, soft_wrap=True)
+    comparison = _of_one_batch(comparison, folder, console)
     trials: dict[str, list[Trial]] = {}
     if comparison.sweeps:
         trials = _tune(comparison, folder, command, console)
@@ -86,6 +97,32 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
     write_aside(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
     print_table(results, console)
     return write_report([folder])
+
+
+def _of_one_batch(comparison: Comparison, folder: Path, console: Console) -> Comparison:
+    """The comparison with one micro-batch for all runs: that of a run which is there, or the largest that all take.
+
+    It is part of what is computed, through rounding and the scope of the balance loss. Raises `UsageError` where the
+    memory does not hold every arm: now, and not when the first of them is trained.
+    """
+    swept = {arm: list(comparison.sweep_runs(arm).values()) for arm in comparison.names}
+    planned = [plan for arm in comparison.names for plan in swept[arm]]
+    planned += [plan for plan in comparison.runs() if not swept[plan.config.arm]]
+    training = comparison.training
+    begun = next((folder / plan.folder for plan in planned if (folder / plan.folder / "config.json").exists()), None)
+    if begun is not None:
+        training = split_as(training, stored_run(begun).training)
+    if left := [plan.config for plan in planned if not finished_summary(folder / plan.folder)]:
+        vocabulary = padded_vocabulary(prepare(comparison.data).tokenizer.vocabulary)
+        device = resolve_device(training.device)
+        runs = [
+            replace(run, model=replace(run.model, vocabulary=vocabulary), training=cut_as(run.training, training))
+            for run in left
+        ]
+        training = cut_as(training, split_step(runs, device, compute_dtype(training.precision, device)))
+    if comparison.training.auto_batch:
+        console.print(f"every arm: {split_in_words(training)} a step", highlight=False, soft_wrap=True)
+    return replace(comparison, training=training)
 
 
 def _tune(comparison: Comparison, folder: Path, command: str, console: Console) -> dict[str, list[Trial]]:

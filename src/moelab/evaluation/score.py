@@ -19,6 +19,8 @@ from moelab.device import keep_freed_memory
 from moelab.model import GPT
 from moelab.text import Split
 
+BUDGET = {"cuda": 2**28, "cpu": 2**24}  # logits held at once
+
 
 @dataclass(frozen=True)
 class Score:
@@ -118,7 +120,7 @@ def score(
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()  # or the logits of every batch are given back to the system and asked for again
-    budget = 2**28 if device.type == "cuda" else 2**24  # logits held at once
+    budget = BUDGET.get(device.type, BUDGET["cpu"])
     batch_size = batch_size or max(1, min(64, budget // (context * vocabulary)))
     was_training = model.training
     model.eval()

@@ -45,6 +45,7 @@ from moelab.model import GPT
 from moelab.text import PreparedText, prepare
 from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
+from moelab.training.memory import memory_in_words, split_as, split_in_words, split_step
 from moelab.training.optimizer import check_optimizer_state, learning_rate
 from moelab.training.step import Step, check_capture
 from moelab.training.trace import traced
@@ -89,9 +90,9 @@ def train(
     summary returned. With `profile` a few steps are written to the folder's `trace.json.gz`, which slows those down.
 
     Raises:
-        UsageError: a setting that cannot work; a folder that cannot be written, or that holds a run and `resume` is
-            not set; a run of other settings.
-        RunFailed: the loss is not finite (`Diverged`); no checkpoint is good.
+        UsageError: a setting that cannot work; a model that the device's memory does not hold; a folder that cannot be
+            written, or that holds a run and `resume` is not set; a run of other settings.
+        RunFailed: the loss is not finite (`Diverged`); no checkpoint is good; the device has no more memory.
         Interrupted: Ctrl-C or SIGTERM, after the step at hand and its checkpoint.
     """
     console = console or Console(stderr=True)
@@ -105,6 +106,7 @@ def train(
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
     if resume and (folder / "config.json").exists():
+        run = replace(run, training=split_as(run.training, stored_run(folder).training))
         difference = first_difference(stored_run(folder), run)
         if difference:
             raise UsageError(f"{difference}; give the run's own settings, or another --out")
@@ -113,8 +115,11 @@ def train(
             return summary
     if chosen is not None:
         announce(chosen, lambda line: console.print(line, soft_wrap=True, highlight=False))
+    given, run = run.training, replace(run, training=split_step([run], device, dtype))
+    if given.auto_batch:
+        console.print(f"{split_in_words(run.training)} a step", highlight=False, soft_wrap=True)
     trainer = Trainer(run, folder, text, device, dtype, console)
-    with _determinism(run.training.deterministic):
+    with _determinism(run.training.deterministic), memory_in_words(run.training):
         trainer.set_up(resume)
         trainer.run(profile)
     return trainer.finish(command)

@@ -2,21 +2,24 @@
 
 At its peak a step holds, at once: parameters, gradients and AdamW's state; each weight cast to the compute dtype, which
 its product keeps for the backward pass; what the blocks keep for it (activations); and, of what is there for a moment,
-the larger of the head's chunk of logits and one block's gradients. The tests hold the activations to what PyTorch
-saves, and on GPUs the sum to the allocator's peak.
+the larger of the head's chunk of logits and one block's gradients. A compiled backward pass gives its gradients all at
+its end: beside those of earlier micro-batches there is then room for as many, where activations and casts were.
+
+It is the same for a step that is captured in a CUDA graph, whose memory is the graph's own, so that what evaluation
+takes comes on top. The tests hold the activations to what PyTorch saves, and on GPUs the sum to the allocator's peak.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from moelab.config import ModelConfig, RunConfig, TrainingConfig, UsageError
+from moelab.config import ModelConfig, RunConfig, RunFailed, TrainingConfig, UsageError
 from moelab.device import available_memory
 from moelab.evaluation.score import BUDGET
 from moelab.experts.activation import inner_size
@@ -24,7 +27,7 @@ from moelab.meters import count_parameters
 from moelab.model.head import CHUNK
 from moelab.presets import ARMS, PRESETS, arm_model
 
-FILL = 0.9  # share of the free memory that an estimate may take: its error, and blocks that fit no gap
+FILL = 0.9  # share of the free memory that an estimate may take; the rest is for its error and for gaps between blocks
 SURELY = 1.15  # an estimate past that share by this factor is not tried even where its settings were given
 STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}  # AdamW's two moments, of one parameter
 
@@ -40,23 +43,29 @@ class Memory:
     """Weights in the compute dtype."""
     activations: int
     """What the blocks keep for their backward passes."""
+    second_gradients: int
+    """Those of a compiled backward pass, until they are added: when activations and casts are not there any more."""
     moment: int
     """The head's logits and gradients, or one block's, whichever is more."""
 
     @property
+    def state(self) -> int:
+        """What is there from the first step to the last."""
+        return self.parameters + self.optimizer
+
+    @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        passing = max(self.casts + self.activations, self.second_gradients) + self.moment
+        return self.state + self.gradients + passing
 
 
-def training_memory(
-    model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype, batch_size: int
-) -> Memory:
-    """The peak of a step with micro-batches of `batch_size` sequences, nothing being allocated.
+def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype) -> Memory:
+    """The peak of a step, nothing being allocated.
 
     Gradients are counted in full, as they lie there from a step's second micro-batch on. Experts are counted as the
     backend that keeps the most but for `triton` by name, which keeps the least.
     """
-    size, tokens = dtype.itemsize, batch_size * model.context
+    size, tokens = dtype.itemsize, training.batch_size * model.context
     counts = count_parameters(model)
     blocks = [_Block(model, layer, device, size) for layer in range(model.layers)]
     largest = max(block.parameters for block in blocks)
@@ -75,8 +84,13 @@ def training_memory(
         optimizer=int(STATE_BYTES[training.optimizer_state] * counts.total),
         casts=casts,
         activations=kept,
+        second_gradients=4 * counts.total if _compiled(training, device) and training.accumulation > 1 else 0,
         moment=passing,
     )
+
+
+def _compiled(training: TrainingConfig, device: torch.device) -> bool:
+    return training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
 
 
 class _Block:
@@ -138,20 +152,24 @@ class _Block:
 def _head(model: ModelConfig, tokens: int, device: torch.device, size: int, training: TrainingConfig) -> int:
     """Bytes that `model.head` has at once, those of the hidden states' gradients included."""
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
-    compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
-    of_a_logit = 2 * size if compiled else 12
+    of_a_logit = 2 * size if _compiled(training, device) else 12
     if tokens > chunk:
         of_a_logit = size if device.type == "cuda" else size + 8  # the kernel needs no more than the logit's place
     weight = model.vocabulary * model.width * (size + 8)  # cast; its gradient, and that times the loss's
     return min(tokens, chunk) * model.vocabulary * of_a_logit + 2 * tokens * model.width * size + weight
 
 
-def evaluation_memory(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of the logits of `evaluation.score`, which come on top: a captured step leaves its memory to nobody."""
+def evaluation_memory(run: RunConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of what comes on top of a step on a GPU, since a captured one leaves its memory to nobody: the logits of
+    `evaluation.score`, or a block's forward pass over the micro-batch that the routing is measured on."""
     if device.type != "cuda":
         return 0
-    logits = model.context * model.vocabulary
-    return max(1, min(64, BUDGET["cuda"] // logits)) * logits * (dtype.itemsize + 8)
+    model = run.model
+    context = model.context * model.vocabulary
+    logits = max(1, min(64, BUDGET["cuda"] // context)) * context * (dtype.itemsize + 8)
+    tokens = run.training.batch_size * model.context
+    routing = max((_Block(model, layer, device, dtype.itemsize).kept(tokens) for layer in model.moe_layers), default=0)
+    return max(logits, routing)
 
 
 def split_step(
@@ -166,83 +184,117 @@ def split_step(
         runs: of a comparison, or one; their vocabularies are the text's.
         device: whose free memory counts.
         dtype: of the products.
-        available: bytes, instead of the device's; unlimited where neither is known.
+        available: bytes, instead of the device's; where neither is known the settings are taken.
 
     Raises:
         UsageError: no micro-batch fits, or the given one surely does not: with what would.
     """
     training = runs[0].training
     available = available_memory(device) if available is None else available
-    chosen = replace(training, auto_batch=False)
     if available is None:
-        return chosen
-
-    def fits(run: RunConfig, batch_size: int, factor: float = 1.0) -> bool:
-        needed = training_memory(run.model, run.training, device, dtype, batch_size).total
-        return needed + evaluation_memory(run.model, device, dtype) <= available * FILL * factor
-
+        return replace(training, auto_batch=False)
+    room = _Room(device, dtype, available)
     if not training.auto_batch:
         for run in runs:
-            if not fits(run, training.batch_size, SURELY):
-                raise UsageError(_refusal(run, device, dtype, available, training.batch_size, fits))
-        return chosen
+            if not room.holds(run, SURELY):
+                raise UsageError(_refusal(run, run.training, room))
+        return training
+    most = training.batch_size if device.type == "cpu" else training.batch_size * training.accumulation
+    splits = list(_splits(training, most))
+    for split in splits:
+        if all(room.holds(_cut(run, split)) for run in runs):
+            return replace(split, auto_batch=False)
+    # The smallest need not take the least: a compiled backward pass has its own gradients beside those before it.
+    needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
+    (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
+    raise UsageError(_refusal(run, split, room))
+
+
+def _splits(training: TrainingConfig, most: int) -> Iterator[TrainingConfig]:
+    """The same sequences of a step in micro-batches of at most `most`, the largest first."""
     sequences = training.batch_size * training.accumulation
-    most = training.batch_size if device.type == "cpu" else sequences
-    for batch_size in (n for n in range(most, 0, -1) if sequences % n == 0):
-        if all(fits(run, batch_size) for run in runs):
-            return replace(chosen, batch_size=batch_size, accumulation=sequences // batch_size)
-    run = next(run for run in runs if not fits(run, 1))
-    raise UsageError(_refusal(run, device, dtype, available, 1, fits))
+    for size in range(min(most, sequences), 0, -1):
+        if sequences % size == 0:
+            yield replace(training, batch_size=size, accumulation=sequences // size)
+
+
+def _cut(run: RunConfig, split: TrainingConfig) -> RunConfig:
+    return replace(run, training=cut_as(run.training, split))
+
+
+@dataclass(frozen=True)
+class _Room:
+    """A device's free memory in bytes, and what it holds."""
+
+    device: torch.device
+    dtype: torch.dtype
+    available: int
+
+    def needs(self, run: RunConfig) -> Memory:
+        return training_memory(run.model, run.training, self.device, self.dtype)
+
+    def takes(self, run: RunConfig) -> int:
+        return self.needs(run).total + evaluation_memory(run, self.device, self.dtype)
+
+    def holds(self, run: RunConfig, factor: float = 1.0) -> bool:
+        return self.takes(run) <= self.available * FILL * factor
 
 
 def split_as(training: TrainingConfig, before: TrainingConfig) -> TrainingConfig:
     """`training` with the micro-batch that a run of as many sequences a step began with, where it has the choice."""
     alike = training.batch_size * training.accumulation == before.batch_size * before.accumulation
-    if not (training.auto_batch and alike):
-        return training
-    return replace(training, auto_batch=False, batch_size=before.batch_size, accumulation=before.accumulation)
+    return cut_as(training, before) if training.auto_batch and alike else training
+
+
+def cut_as(training: TrainingConfig, other: TrainingConfig) -> TrainingConfig:
+    """`training` with the micro-batch of another one, which says too whether it is to be chosen."""
+    return replace(training, batch_size=other.batch_size, accumulation=other.accumulation, auto_batch=other.auto_batch)
 
 
 def split_in_words(training: TrainingConfig) -> str:
-    return f"{training.batch_size} sequences × {training.accumulation}"
+    return f"{training.accumulation} micro-batches of {training.batch_size} sequences"
 
 
-def _refusal(
-    run: RunConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    available: int,
-    batch_size: int,
-    fits: Callable[[RunConfig, int], bool],
-) -> str:
+def _refusal(run: RunConfig, split: TrainingConfig, room: _Room) -> str:
     """The line that says what was needed, and what fits."""
-    needed = training_memory(run.model, run.training, device, dtype, batch_size)
-    state = needed.parameters + needed.optimizer
-
-    def fitting(options: Iterator[tuple[str, RunConfig, int]]) -> list[str]:
-        return [words for words, other, size in options if fits(other, size)]
-
-    settings = fitting(_settings(run, 1)) or fitting(_settings(run, 2))[:1]
+    cut = _cut(run, split)
+    needed = room.needs(cut)
+    settings = (_fitting(room, _settings(run, number)) for number in (1, 2, 3))
     found = [
-        *fitting(_smaller_batches(run, batch_size))[:1],
-        *settings,
-        *fitting(_matched(run)),
-        *fitting(_smaller_presets(run))[:1],
+        *_fitting(room, _smaller_batches(run))[:1],
+        *next(filter(None, settings), []),
+        *_fitting(room, _matched(run)),
+        *_fitting(room, _smaller_presets(run))[:1],
     ]
     options = ", or ".join(found) or "a smaller model, by --layers and --width"
     return (
-        f"memory = {gib(available)} free on {device.type}: {run.preset} {run.arm} needs {gib(needed.total)} in "
-        f"micro-batches of {batch_size} (weights and AdamW state {gib(state)}, with gradients "
-        f"{gib(state + needed.gradients)}); what fits: {options}"
+        f"memory = {gib(room.available)} free on {room.device.type}: {run.preset} {run.arm} needs "
+        f"{gib(room.takes(cut) / FILL)} in micro-batches of {split.batch_size} (weights and AdamW state "
+        f"{gib(needed.state)}, with gradients {gib(needed.state + needed.gradients)}); what fits: {options}"
     )
 
 
-# What a user may try instead, the nearest first: the words of the command line, the run, its micro-batch.
-Options = Iterator[tuple[str, RunConfig, int]]
+# What a user may try instead, the nearest first: the words of the command line, and the run.
+Options = Iterator[tuple[str, RunConfig]]
 
 
-def _smaller_batches(run: RunConfig, batch_size: int) -> Options:
-    return ((f"--batch-size {n}", run, n) for n in range(batch_size - 1, 0, -1) if batch_size % n == 0)
+def _fitting(room: _Room, options: Options) -> list[str]:
+    """The words of those for which some micro-batch of the step fits."""
+    found = []
+    for words, run in options:
+        training = run.training
+        splits = _splits(training, training.batch_size * training.accumulation) if training.auto_batch else [training]
+        if any(room.holds(replace(run, training=split)) for split in splits):
+            found.append(words)
+    return found
+
+
+def _smaller_batches(run: RunConfig) -> Options:
+    """The same step in smaller micro-batches, of a run whose own was given."""
+    if not run.training.auto_batch:
+        for split in itertools.islice(_splits(run.training, run.training.batch_size), 1, None):
+            words = f"--batch-size {split.batch_size} --accumulation {split.accumulation}"
+            yield words, replace(run, training=split)
 
 
 def _settings(run: RunConfig, number: int) -> Options:
@@ -251,20 +303,21 @@ def _settings(run: RunConfig, number: int) -> Options:
         ("--checkpoint-activations", {"checkpoint_activations": True}),
         ("--optimizer-state bf16", {"optimizer_state": "bf16"}),
         ("--optimizer-state 8bit", {"optimizer_state": "8bit"}),
+        ("--compile off", {"compile": "off"}),
     ]
     for chosen in itertools.combinations(known, number):
         changed = {name: value for _, settings in chosen for name, value in settings.items()}
         if len(changed) == number:  # not two states
             with contextlib.suppress(UsageError):  # a beta2 that bf16 is too coarse for
                 training = replace(run.training, **changed)
-                yield " ".join(words for words, _ in chosen), replace(run, training=training), 1
+                yield " ".join(words for words, _ in chosen), replace(run, training=training)
 
 
 def _matched(run: RunConfig) -> Options:
     if run.arm == "moe" and run.model.moe is not None:
         with contextlib.suppress(UsageError):  # a top-k that does not divide the hidden size
             model = arm_model("moe-matched", replace(run.model, moe=None), run.model.moe)
-            yield "--arm moe-matched", replace(run, model=model), 1
+            yield "--arm moe-matched", replace(run, model=model)
 
 
 def _smaller_presets(run: RunConfig) -> Options:
@@ -272,7 +325,25 @@ def _smaller_presets(run: RunConfig) -> Options:
     if run.preset in names and run.arm in ARMS:
         for name in reversed(names[: names.index(run.preset)]):
             model = arm_model(run.arm, PRESETS[name].model, PRESETS[name].moe)
-            yield f"the preset {name}", replace(run, model=replace(model, vocabulary=run.model.vocabulary)), 1
+            yield f"the preset {name}", replace(run, model=replace(model, vocabulary=run.model.vocabulary))
+
+
+@contextlib.contextmanager
+def memory_in_words(training: TrainingConfig) -> Iterator[None]:
+    """Makes PyTorch's report that a device has no more memory one line (`RunFailed`)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        smaller = next(itertools.islice(_splits(training, training.batch_size), 1, None), None)
+        or_anew = (
+            f", or start anew with --batch-size {smaller.batch_size} --accumulation {smaller.accumulation}"
+            if smaller is not None
+            else ""
+        )
+        raise RunFailed(
+            f"memory: the device has no more, in micro-batches of {training.batch_size} sequences; "
+            f"add --checkpoint-activations{or_anew}"
+        ) from problem
 
 
 def gib(size: float) -> str:
