@@ -171,13 +171,26 @@ class Launch:
 
         A row of a box has 128 bytes, swizzled by 128.
         """
-        from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
-        from cuda.core.utils import StridedMemoryView
+        return _map(t.data_ptr(), tuple(t.shape), rows, self._device)
 
-        bits = t.detach().view(torch.uint16)
-        return StridedMemoryView.from_any_interface(bits, stream_ptr=-1).as_tensor_map(
-            box_dim=(rows, 64), swizzle=TensorMapSwizzle.SWIZZLE_128B, l2_promotion=TensorMapL2Promotion.L2_128B
-        )
+
+class _Place:
+    """An address and a shape of 16-bit numbers, as the CUDA array interface says it; it owns nothing."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape, "typestr": "<u2", "data": (address, False), "strides": None, "stream": None, "version": 3,
+        }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)  # PyTorch gives a step's tensors the same addresses again and again
+def _map(address: int, shape: tuple[int, ...], rows: int, device: int) -> Any:
+    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
+
+    return StridedMemoryView.from_any_interface(_Place(address, shape), stream_ptr=-1).as_tensor_map(
+        box_dim=(rows, 64), swizzle=TensorMapSwizzle.SWIZZLE_128B, l2_promotion=TensorMapL2Promotion.L2_128B
+    )
 
 
 @contextlib.contextmanager
