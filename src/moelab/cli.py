@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from moelab.bench.layer import LayerBench
+from moelab.bench.step import StepBench
 from moelab.config import (
     DataConfig,
     ModelConfig,
@@ -176,6 +177,17 @@ class BenchLayerFlags:
     """Time one MoE layer with every backend, beside the dense twin."""
 
     bench: Annotated[LayerBench, tyro.conf.OmitArgPrefixes] = LayerBench()
+    json: Path | None = None
+    """Also write the figures to this file."""
+    picture: Path | None = None
+    """Also draw them to this file (.png or .svg)."""
+
+
+@dataclass(frozen=True)
+class BenchStepFlags:
+    """Time whole optimizer steps of training: sizes, arms and backends, and where the time goes."""
+
+    bench: Annotated[StepBench, tyro.conf.OmitArgPrefixes] = StepBench()
     json: Path | None = None
     """Also write the figures to this file."""
     picture: Path | None = None
@@ -370,19 +382,38 @@ def data_prepare(arguments: list[str]) -> None:
 
 def bench_layer(arguments: list[str]) -> None:
     """time one MoE layer with every backend, beside the dense twin"""
-    from moelab.bench import bench_layer as measure
+    from moelab.bench.layer import bench_layer as measure
     from moelab.bench.report import draw_layer, print_layer
 
     flags = parse(BenchLayerFlags, "bench layer", arguments)
+    _timed(flags, measure, print_layer, draw_layer)
+
+
+def bench_step(arguments: list[str]) -> None:
+    """time whole steps of training: sizes, arms and backends, and where the time goes"""
+    from moelab.bench.step import bench_step as measure
+    from moelab.bench.step_report import draw_step, print_step
+
+    flags = parse(BenchStepFlags, "bench step", arguments)
+    _timed(flags, measure, print_step, draw_step)
+
+
+def _timed(
+    flags: BenchLayerFlags | BenchStepFlags,
+    measure: Callable[..., dict[str, Any]],
+    show: Callable[[dict[str, Any], Console], None],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Measures, prints, and writes what is to be written."""
     for file in (flags.json, flags.picture):
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError(f"{file}: its folder is not there; make it, or choose another file")
     results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
-    print_layer(results, Console())
+    show(results, Console())
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
     if flags.picture:
-        draw_layer(results, flags.picture)
+        draw(results, flags.picture)
 
 
 def info(arguments: list[str]) -> None:
@@ -428,6 +459,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": compare,
     "report": report,
     "bench layer": bench_layer,
+    "bench step": bench_step,
 }
 
 

@@ -63,7 +63,15 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, first: int, cache: KVCache | None) -> tuple[torch.Tensor, Routed | None]:
-        x = x + self.attention(self.attention_norm(x), first, cache)
+        return self.feed(self.attend(x, first, cache))
+
+    def attend(self, x: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
+        """The first half."""
+        mixed: torch.Tensor = self.attention(self.attention_norm(x), first, cache)
+        return x + mixed
+
+    def feed(self, x: torch.Tensor) -> tuple[torch.Tensor, Routed | None]:
+        """The second half."""
         y = self.feed_forward(self.feed_forward_norm(x))
         routed = None
         if isinstance(self.feed_forward, MoE):
@@ -135,6 +143,16 @@ class GPT(nn.Module):
         """The routed experts of the MoE layers, in order."""
         return [block.feed_forward.experts for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D), the output head's; the token embedding where the head is tied to it."""
+        return self.token_embedding if self.head is None else self.head
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: Literal["mean", "none"] = "mean") -> torch.Tensor:
+        """Cross-entropy in nats of the last block's output x (B, C, D): () or (B, C)."""
+        loss = next_token_loss(self.final_norm(x).flatten(0, 1), self.head_weight, targets.flatten(), reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` texts."""
         return KVCache(self.config, batch, self.dtype, self.token_embedding.device)
@@ -179,12 +197,10 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += length
         logits = loss = None
-        head = self.token_embedding if self.head is None else self.head
         if targets is not None:
-            loss = next_token_loss(self.final_norm(x).flatten(0, 1), head, targets.flatten(), reduction)
-            loss = loss.view_as(ids) if reduction == "none" else loss
+            loss = self.loss(x, targets, reduction)
         elif not keep_routing:
-            logits = linear(self.final_norm(x), head, None)
+            logits = linear(self.final_norm(x), self.head_weight, None)
         none = torch.zeros((), device=ids.device)
         drops = self.config.moe is not None and self.config.moe.capacity_factor is not None
         return Output(

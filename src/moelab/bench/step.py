@@ -1,0 +1,244 @@
+"""Whole optimizer steps of training: tokens per second, utilization, memory, and where the time goes.
+
+Each model is built, compiled and trained on random tokens as `moelab train` would train it, one after another: what a
+run of it would reach on this device. Where the time goes is measured apart (`bench.parts`).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from moelab.bench.clock import busy_ms
+from moelab.bench.parts import TimedStep
+from moelab.config import ModelConfig, Precision, RunConfig, RunFailed, TrainingConfig, UsageError, require
+from moelab.device import (
+    compute_dtype,
+    environment,
+    keep_compiled_code,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    synchronize,
+)
+from moelab.experts import backend_of
+from moelab.experts.mlp import BACKENDS
+from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
+from moelab.model import GPT
+from moelab.presets import ARMS, PRESETS, arm_model
+from moelab.training.batches import Batches, prefetched
+from moelab.training.memory import split_step
+from moelab.training.step import Step
+
+WARM_STEPS = 3
+VOCABULARY = 50_304  # GPT-2's, padded
+TWINS = {"moe": "dense-wide", "moe-matched": "dense"}  # dense arms of the same active FLOPs
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is timed."""
+
+    sizes: tuple[str, ...] = ()
+    """Presets; 5m, 40m, 124m and 350m on a GPU and smoke on a CPU when none is named."""
+    arms: tuple[str, ...] = ("dense", "moe", "dense-wide", "moe-matched")
+    """Arms of each size."""
+    backends: tuple[str, ...] = ("auto",)
+    """Backends that each arm with experts is timed with."""
+    sequences: int = 32
+    """Sequences of an optimizer step."""
+    batch_size: int | None = None
+    """Sequences of a micro-batch; as many as the memory has room for when not given."""
+    experts: int = 8
+    """Experts E of the arms that have some."""
+    top_k: int = 2
+    """Experts a token is sent to, K."""
+    precision: Precision = "auto"
+    """Arithmetic of the products."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """As of `train`."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """As of `train`."""
+    rounds: int = 5
+    """Rounds of each; the median is reported."""
+    steps: int = 10
+    """Optimizer steps of a round."""
+    device: str = "auto"
+    """cuda, cuda:N or cpu."""
+
+    def __post_init__(self) -> None:
+        for names, known, flag in (
+            (self.sizes, PRESETS, "sizes"),
+            (self.arms, ARMS, "arms"),
+            (self.backends, ("auto", *BACKENDS), "backends"),
+        ):
+            for name in names:
+                require(name in known, flag, name, f"give some of {', '.join(known)}")
+        for name in ("sequences", "rounds", "steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        require(bool(self.arms) and bool(self.backends), "arms, backends", "", "give one or more of each")
+        size = self.batch_size
+        divides = size is None or (size >= 1 and self.sequences % size == 0)
+        require(divides, "batch-size", size, f"give a number that divides the {self.sequences} sequences of a step")
+
+
+def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Times the steps; returns what was measured and on what.
+
+    Returns:
+        {"environment", "date", "settings", "peak_flops", "rows": [{"size", "arm", "backend" (None without experts),
+        and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens" (of a step), "parameters",
+        "active_parameters", "flops_per_token", "ms", "tokens_per_second", "mfu", "peak_bytes" (None on a CPU),
+        "first_seconds" (to compile and capture), "captured", "idle" (share of the time in which no kernel ran; None on
+        a CPU), "parts" ({part: share of the time}), "twin" and "ratio" (tokens/s over those of the dense arm of
+        the same active FLOPs, where both were timed)}]}.
+
+    Raises:
+        UsageError: a device or precision that is not there.
+    """
+    keep_compiled_code()
+    device = resolve_device(settings.device)
+    dtype = compute_dtype(settings.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    sizes = settings.sizes or (("5m", "40m", "124m", "350m") if device.type == "cuda" else ("smoke",))
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        runs = {arm: _run(size, arm, settings) for arm in settings.arms}
+        training = _training(list(runs.values()), settings, device, dtype)
+        for arm, run in runs.items():
+            for backend in settings.backends if run.model.moe is not None else (None,):
+                say(f"{size} {arm}{f', backend {backend}' if backend else ''}")
+                row: dict[str, Any] = {"size": size, "arm": arm, "backend": backend}
+                rows.append(row)
+                if isinstance(training, str):
+                    row["reason"] = training
+                    continue
+                try:
+                    row |= _measured(_with_backend(run.model, backend), training, settings, device, dtype)
+                except (UsageError, RunFailed) as refused:
+                    row["reason"] = str(refused)
+                except torch.OutOfMemoryError as problem:
+                    row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
+                _forget(device)
+    for row in rows:
+        twins = [r for r in rows if (r["size"], r["arm"]) == (row["size"], TWINS.get(row["arm"])) and "ms" in r]
+        if "ms" in row and twins:
+            row |= {"twin": twins[0]["arm"], "ratio": row["tokens_per_second"] / twins[0]["tokens_per_second"]}
+    return {
+        "environment": environment(device, dtype),
+        "date": datetime.now(UTC).date().isoformat(),
+        "settings": asdict(settings),
+        "peak_flops": peak_flops(device, dtype),
+        "rows": rows,
+    }
+
+
+def _run(size: str, arm: str, settings: StepBench) -> RunConfig:
+    chosen = PRESETS[size]
+    model = replace(chosen.model, vocabulary=VOCABULARY)
+    moe = replace(chosen.moe, experts=settings.experts, top_k=settings.top_k)
+    batch_size = settings.batch_size or settings.sequences
+    training = replace(
+        chosen.training,
+        batch_size=batch_size,
+        accumulation=settings.sequences // batch_size,
+        auto_batch=settings.batch_size is None,
+        precision=settings.precision,
+        compile=settings.compile,
+        capture=settings.capture,
+        device=settings.device,
+    )
+    return RunConfig(size, arm, arm_model(arm, model, moe), chosen.data, training)
+
+
+def _training(
+    runs: list[RunConfig], settings: StepBench, device: torch.device, dtype: torch.dtype
+) -> TrainingConfig | str:
+    """How all arms of a size are trained, with one micro-batch; or why they cannot be."""
+    steps = WARM_STEPS + settings.rounds * settings.steps + settings.steps + 1  # and those that are profiled
+    try:
+        return replace(split_step(runs, device, dtype), steps=steps, log_interval=steps)
+    except UsageError as refused:
+        return str(refused)
+
+
+def _with_backend(model: ModelConfig, backend: str | None) -> ModelConfig:
+    moe = model.moe
+    return model if moe is None or backend is None else replace(model, moe=replace(moe, backend=backend))
+
+
+def _measured(
+    config: ModelConfig, training: TrainingConfig, settings: StepBench, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A row's figures."""
+    row: dict[str, Any] = {"batch_size": training.batch_size, "accumulation": training.accumulation}
+    if config.moe is not None:
+        row["backend"] = backend_of(config, device, dtype).backend
+    sequences = training.batch_size * training.accumulation
+    tokens = np.random.default_rng(0).integers(0, 50_257, (training.steps + 1) * sequences * config.context + 1)
+    batches = Batches(tokens.astype(np.uint16), config.context, training.batch_size, training.accumulation, 0)
+    seconds, busy = _timed(row, GPT(config, dtype).to(device), training, batches, settings)
+    _forget(device)
+    of_step = sequences * config.context
+    counts, flops, ms = count_parameters(config), flops_per_token(config), statistics.median(seconds) * 1e3
+    idle = None if busy is None else max(0.0, 1 - busy / ms)
+    timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
+    parts = timed.parts(batches.windows(0).to(device))
+    return row | {
+        "tokens": of_step,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": flops,
+        "ms": ms,
+        "tokens_per_second": of_step / ms * 1e3,
+        "mfu": model_flops_utilization(of_step / ms * 1e3, flops, peak_flops(device, dtype)),
+        "idle": idle,
+        "parts": {name: share * (1 - (idle or 0)) for name, share in parts.items()},
+    }
+
+
+def _timed(
+    row: dict[str, Any], model: GPT, training: TrainingConfig, batches: Batches, settings: StepBench
+) -> tuple[list[float], float | None]:
+    """Seconds of a step in each round, and milliseconds of one in which kernels ran; the rest goes to the row."""
+    device = model.token_embedding.device
+    reset_peak_memory(device)
+    begun = time.perf_counter()
+    step = Step(model, training, batches)
+    step.prepare(batches.windows(0).to(device))
+    row["first_seconds"] = time.perf_counter() - begun
+    row["captured"] = step.graph is not None
+    with closing(prefetched(batches, range(training.steps), "", device)) as coming:
+        seconds = [_seconds(step, coming, n, device) for n in (WARM_STEPS, *[settings.steps] * settings.rounds)]
+        busy = busy_ms(lambda: step(next(coming)[0]), settings.steps, device)
+    row["peak_bytes"] = peak_memory(device) if device.type == "cuda" else None  # a CPU's is the whole process's
+    return seconds[1:], busy
+
+
+def _seconds(step: Step, coming: Generator[tuple[torch.Tensor, str]], steps: int, device: torch.device) -> float:
+    """Of one step, of `steps` back to back."""
+    synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step(next(coming)[0])
+    synchronize(device)
+    return (time.perf_counter() - begun) / steps
+
+
+def _forget(device: torch.device) -> None:
+    """Gives memory back that nothing refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,147 @@
+"""The step bench: what it times is what training runs, its parts are whole, and what cannot be timed is said."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from moelab.bench import parts as parts_module
+from moelab.bench.parts import PARTS, TimedStep
+from moelab.bench.step import StepBench, bench_step
+from moelab.bench.step_report import draw_step, print_step
+from moelab.cli import main
+from moelab.config import ModelConfig, MoEConfig, TrainingConfig, UsageError
+from moelab.meters import count_parameters, flops_per_token
+from moelab.model import GPT
+from moelab.presets import PRESETS, arm_model
+from moelab.training.batches import Batches
+from moelab.training.step import Step
+
+SMALL = StepBench(sizes=("smoke",), arms=("dense", "moe-matched"), sequences=2, rounds=2, steps=1, device="cpu")
+MODEL = ModelConfig(layers=2, heads=2, width=32, context=16, vocabulary=64, moe=MoEConfig(4, 2))
+TRAINING = TrainingConfig(steps=4, batch_size=2, accumulation=2, warmup_steps=1, device="cpu", log_interval=4)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return bench_step(SMALL)
+
+
+def test_a_row_says_what_was_trained_how_fast_and_where_the_time_went(results: dict[str, Any]) -> None:
+    assert [(row["arm"], row["backend"]) for row in results["rows"]] == [("dense", None), ("moe-matched", "grouped_mm")]
+    for row in results["rows"]:
+        chosen = PRESETS["smoke"]
+        model = arm_model(row["arm"], replace(chosen.model, vocabulary=50_304), chosen.moe)
+        assert row["batch_size"] * row["accumulation"] == 2
+        assert row["tokens"] == 2 * 128
+        assert row["tokens_per_second"] == pytest.approx(2 * 128 / row["ms"] * 1e3)
+        assert row["flops_per_token"] == flops_per_token(model)
+        assert (row["parameters"], row["active_parameters"]) == (
+            count_parameters(model).total,
+            count_parameters(model).active,
+        )
+        assert list(row["parts"]) == list(PARTS)
+        assert sum(row["parts"].values()) == pytest.approx(1)
+        assert min(row["parts"].values()) > 0
+        assert row["idle"] is row["mfu"] is row["peak_bytes"] is None  # not known of a CPU
+        assert not row["captured"]
+    dense, matched = results["rows"]
+    assert matched["twin"] == "dense"
+    assert matched["ratio"] == pytest.approx(matched["tokens_per_second"] / dense["tokens_per_second"])
+    assert "ratio" not in dense
+
+
+def batches() -> Batches:
+    return Batches(np.arange(1000, dtype=np.uint16) % 64, 16, TRAINING.batch_size, TRAINING.accumulation, 0)
+
+
+def test_the_step_whose_parts_are_timed_trains_as_the_other_does() -> None:
+    plain = Step(GPT(MODEL), TRAINING, batches())
+    timed = TimedStep(GPT(MODEL), TRAINING, batches(), captured=False)
+    for number in range(3):
+        for step in (plain, timed):
+            step(batches().windows(number))
+    for one, other in zip(plain.model.parameters(), timed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_part_begins_when_its_work_does_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock counts its own readings: a part has as many as it was entered."""
+    readings = iter(range(10_000))
+    monkeypatch.setattr(parts_module.time, "perf_counter", lambda: next(readings))
+    whole = Batches(np.zeros(1000, dtype=np.uint16), 16, 4, 1, 0)
+    timed = TimedStep(GPT(MODEL), replace(TRAINING, batch_size=4, accumulation=1), whole, captured=False)
+    timed(torch.arange(4 * 17).view(4, 17) % 64)
+    forward = ["other", "attention", "other", "experts", "other", "attention", "other", "experts", "other", "head"]
+    backward = ["other", "head", "experts", "attention", "experts", "attention", "other", "optimizer", "other", "other"]
+    assert [part for part, _ in timed.timeline.moments] == forward + backward
+    assert timed.timeline.spent() == {"attention": 4e3, "experts": 4e3, "head": 2e3, "optimizer": 1e3, "other": 8e3}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"sizes": ("7b",)}, "sizes = 7b: give some of smoke, 5m"),
+        ({"arms": ("sparse",)}, "arms = sparse: give some of dense, moe"),
+        ({"backends": ("fast",)}, "backends = fast: give some of auto, grouped_mm"),
+        ({"batch_size": 3}, "batch-size = 3: give a number that divides the 2 sequences of a step"),
+        ({"rounds": 0}, "rounds = 0: give 1 or more"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        replace(SMALL, **change)  # type: ignore[arg-type]
+
+
+def test_a_backend_that_cannot_be_used_gets_a_row_with_the_reason() -> None:
+    found = bench_step(replace(SMALL, arms=("moe-matched",), backends=("cuda",)))
+    (row,) = found["rows"]
+    assert "ms" not in row
+    assert row["reason"].startswith("backend = cuda: needs")
+
+
+def test_the_tables_fit_a_terminal_and_say_what_was_timed(
+    results: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wide = {"tokens_per_second": 1_234_567.0, "ms": 1234.5, "mfu": 0.478, "idle": 0.031, "peak_bytes": 123 << 30}
+    longest = results["rows"][1] | wide | {"size": "350m", "backend": "megablocks-capacity"}
+    lost = {"size": "350m", "arm": "moe", "backend": "triton", "reason": "not enough memory"}
+    shown = results | {"rows": [*results["rows"], longest, lost]}
+    print_step(shown, Console(width=80))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+    assert "1.23M" in out
+    assert "350m moe triton: no time: not enough memory" in out
+    assert "2 sequences a step, E = 8, K = 2" in out
+    draw_step(shown, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench step --sizes smoke --arms dense --sequences 1 --rounds 1 --steps 1 --device cpu".split()
+    assert main([*words, "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.svg")]) == 0
+    assert [row["arm"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["dense"]
+    assert "</svg>" in (tmp_path / "a.svg").read_text()
+    assert "dense" in capsys.readouterr().out
+    assert main([*words, "--json", str(tmp_path / "no" / "a.json")]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arm", ["dense", "moe"])
+def test_on_a_gpu_every_column_is_measured(arm: str) -> None:
+    settings = StepBench(sizes=("5m",), arms=(arm,), sequences=8, rounds=2, steps=3, device="cuda")
+    (row,) = bench_step(settings)["rows"]
+    assert row["captured"]
+    for name in ("ms", "tokens_per_second", "peak_bytes"):
+        assert row[name] > 0
+    assert 0 <= row["idle"] < 1
+    assert sum(row["parts"].values()) + row["idle"] == pytest.approx(1)
+    assert min(row["parts"].values()) > 0
