@@ -77,6 +77,26 @@ def test_a_flag_that_the_run_was_not_made_with_is_refused_on_resume(
     assert "width = 64: the run that is there has 16" in capsys.readouterr().err
 
 
+def test_resume_keeps_the_micro_batch_that_the_memory_decided_and_refuses_another(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, smaller = tmp_path / "run", [*SMALL[:10], *SMALL[12:]]  # without --batch-size: smoke's 16 sequences
+    words = ["train", "smoke", "--data", f"text:{story}", "--out", out, *smaller]
+    monkeypatch.setattr("moelab.training.memory.available_memory", lambda _: 900_000)
+    assert moelab(*words) == 0
+    said = capsys.readouterr().err
+    kept = json.loads((out / "config.json").read_text())["training"]
+    assert f"{kept['accumulation']} micro-batches of {kept['batch_size']} sequences a step" in said
+    assert (kept["batch_size"] < 16, kept["batch_size"] * kept["accumulation"]) == (True, 16)
+    (out / "summary.json").unlink()
+    monkeypatch.setattr("moelab.training.memory.available_memory", lambda _: 2**40)
+    assert moelab("train", "smoke", "--out", out, "--resume") == 0
+    assert json.loads((out / "config.json").read_text())["training"] == kept
+    capsys.readouterr()
+    assert moelab("train", "smoke", "--out", out, "--resume", "--batch-size", 16) == 2
+    assert f"batch-size = 16: the run that is there has {kept['batch_size']}" in capsys.readouterr().err
+
+
 BAD = {
     "train nano": "preset = nano: give one of smoke, 5m",
     "compare nano": "preset = nano: give one of smoke, 5m",

@@ -23,7 +23,16 @@ from moelab.model import GPT, head
 from moelab.presets import PRESETS, arm_model
 from moelab.training import train
 from moelab.training.batches import Batches
-from moelab.training.memory import FILL, Memory, gib, memory_in_words, split_as, split_step, training_memory
+from moelab.training.memory import (
+    FILL,
+    Memory,
+    gib,
+    memory_in_words,
+    split_as,
+    split_in_words,
+    split_step,
+    training_memory,
+)
 from moelab.training.optimizer import make_optimizer
 from moelab.training.step import Step
 
@@ -230,6 +239,15 @@ def test_a_run_stores_the_numbers_and_goes_on_with_them(
     assert (stored["batch_size"], stored["accumulation"], stored["auto_batch"]) == (2, 4, False)
     monkeypatch.setattr("moelab.training.memory.available_memory", lambda _: None)
     assert train(run, tmp_path / "run", resume=True)["finished"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [((32, 1), "1 micro-batch of 32 sequences"), ((1, 32), "32 micro-batches of 1 sequence")],
+    ids=["whole", "singly"],
+)
+def test_a_cut_is_said_in_words(cut: tuple[int, int], said: str) -> None:
+    assert split_in_words(TrainingConfig(batch_size=cut[0], accumulation=cut[1])) == said
 
 
 def test_bytes_are_said_as_gibibytes() -> None:

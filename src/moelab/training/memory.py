@@ -252,7 +252,8 @@ def cut_as(training: TrainingConfig, other: TrainingConfig) -> TrainingConfig:
 
 
 def split_in_words(training: TrainingConfig) -> str:
-    return f"{training.accumulation} micro-batches of {training.batch_size} sequences"
+    several, sequences = "es" * (training.accumulation > 1), "s" * (training.batch_size > 1)
+    return f"{training.accumulation} micro-batch{several} of {training.batch_size} sequence{sequences}"
 
 
 def _refusal(run: RunConfig, split: TrainingConfig, room: _Room) -> str:
