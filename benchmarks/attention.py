@@ -90,7 +90,7 @@ def main() -> None:
                 row["reason"] = str(problem).splitlines()[0]
                 continue
             pairs = zip(found, expected, strict=True)
-            row["error"] = max(((a[:1].double() - b).norm() / b.norm()).item() for a, b in pairs)
+            row["error"] = torch.stack([(a[:1].double() - b).norm() / b.norm() for a, b in pairs]).max().item()
             steps[way] = captured(run, device) or run
         times: dict[str, list[float]] = {way: [] for way in steps}
         for _ in range(settings.rounds):

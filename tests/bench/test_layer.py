@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_a_backend_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -
     assert "wall_ms" not in row
     assert row["error"] == pytest.approx(1e-3, rel=0.1)
     assert "relative to float64" in row["reason"]
+
+
+def test_a_backend_with_a_gradient_that_is_not_a_number_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def expert_mlp(*given: Any) -> torch.Tensor:
+        given[4].register_hook(lambda gradient: gradient * math.nan)  # w_out's alone
+        return reference.expert_mlp(*given)
+
+    wrong = ModuleType("wrong")
+    wrong.unusable = lambda device: None  # type: ignore[attr-defined]
+    wrong.expert_mlp = expert_mlp  # type: ignore[attr-defined]
+    monkeypatch.setitem(mlp.BACKENDS, "wrong", wrong)
+    monkeypatch.setattr(mlp.self_check, "failure", lambda module, device: None)  # it would be found there first
+    (row,) = [row for row in bench_layer(replace(SMALL, widths=(16,)))["rows"] if row["backend"] == "wrong"]
+    assert "wall_ms" not in row
+    assert "wrong by nan" in row["reason"]
 
 
 def test_a_backend_that_refuses_such_a_layer_gets_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,9 +190,8 @@ def _width(
             continue
         layer.indices_TK = indices
         right_rows = {n: expected[n] if order is None else expected[n][:, order] for n in GATED if n in expected}
-        row["error"] = max(
-            ((found[n].double() - t).norm() / t.norm()).item() for n, t in (expected | right_rows).items()
-        )
+        errors = [(found[n].double() - t).norm() / t.norm() for n, t in (expected | right_rows).items()]
+        row["error"] = torch.stack(errors).max().item()  # unlike Python's, NaN where one is
         if not row["error"] <= TOLERANCE[dtype]:
             row["reason"] = f"wrong by {row['error']:.2g} relative to float64, more than {TOLERANCE[dtype]:g}"
             continue
