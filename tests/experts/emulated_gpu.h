@@ -170,6 +170,7 @@ extern "C" int run(void* function, const int* grid, const int* block, int togeth
             for (int t = 0; t < threads; ++t) {
                 Fiber& fiber = fibers[b * threads + t];
                 fiber.stack.reset(new char[1 << 14]);
+                std::memset(fiber.stack.get(), 0xff, 1 << 14);  // NaN where nothing is written
                 fiber.thread = {t % block[0], t / block[0], 0};
                 fiber.block = {(first + b) % grid[0], (first + b) / grid[0], 0};
                 fiber.of = &blocks[b];

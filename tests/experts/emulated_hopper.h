@@ -124,6 +124,12 @@ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
 inline void stores_issued() {}
 inline void stores_read() {}
 
+inline void copy_line(Address to, const void* from, int bytes = 16) {
+    std::memset(memory_of(my_block(), to), 0, 16);
+    std::memcpy(memory_of(my_block(), to), from, bytes);
+}
+inline void copies_arrive(Address barrier) { barrier_arrive(barrier, rank_in_cluster()); }
+
 inline void tensor_prefetch(const TensorMap&) {}
 
 template <int COUNT> void fewer_registers() {}

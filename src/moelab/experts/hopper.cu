@@ -1,189 +1,9 @@
 // Products of rows that are sorted by expert, bf16, on Hopper's tensor cores. Blocks are persistent; warpgroup 0 loads, 1
 // and 2 multiply, each 64 rows of a tile of 128 by 256, and where there is a curve to follow 3 and 4 finish what 1 and 2
-// hand them beside the products of the next tile. A cluster of two blocks has the same rows and neighbouring columns:
-// each loads half of the rows for both.
+// hand them beside the products of the next tile. Tokens are gathered by the loads. A cluster of two blocks has the same
+// rows and neighbouring columns: each loads half of the rows for both, where they are not gathered.
 //
 // Compiled with BLOCKS, those of a cluster, and ACTIVATION (curve.cuh).
-
-constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64;  // of a tile, and of the summed dimension at once
-constexpr int BOX = 64 * 128;                         // bytes of 64 rows of 64 numbers
-constexpr int CHUNK = 2 * BOX;                        // of a result's 64 rows and 128 columns in bf16
-constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX;
-constexpr int PLAIN = 4, CURVED = 3;  // stages: those with a curve have room for a whole tile beside them
-constexpr int AFTER = 14 * CHUNK;     // where the barriers stand
-constexpr int TABLES = AFTER + 8 * 12;
-constexpr int MOST_EXPERTS = 128;
-constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
-constexpr int LOADING = 32, MULTIPLYING = 160, FINISHING = 64;  // registers of a thread, where the blocks have 640
-constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
-
-static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
-static_assert(PLAIN * STAGE + 2 * CHUNK <= AFTER && CURVED * STAGE + 4 * CHUNK <= AFTER, "");
-
-__device__ inline Address full(int stage) { return shared_base() + AFTER + 8 * stage; }
-__device__ inline Address empty(int stage) { return full(4 + stage); }
-__device__ inline Address filled(int half) { return full(8 + half); }  // the rows of a multiplying warpgroup
-__device__ inline Address emptied(int half) { return full(10 + half); }
-__device__ inline Address left(int stage) { return shared_base() + stage * STAGE; }
-__device__ inline Address right(int stage) { return left(stage) + LEFT; }
-template <int STAGES> __device__ inline Address staging(int half) {
-    return left(STAGES) + half * (STAGES == PLAIN ? CHUNK : 2 * CHUNK);
-}
-__device__ inline int* table(int number) { return reinterpret_cast<int*>(dynamic + TABLES) + number * (MOST_EXPERTS + 1); }
-
-// Which stage the n-th block of the summed dimension is in, and the parity of its phase.
-template <int STAGES> struct Turn {
-    int stage, parity;
-    __device__ explicit Turn(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
-};
-
-__device__ inline void create_barriers() {
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < 4; ++stage) {
-            barrier_create(full(stage), 1);
-            barrier_create(empty(stage), 2 * BLOCKS);
-        }
-        for (int half = 0; half < 2; ++half) {
-            barrier_create(filled(half), 4);
-            barrier_create(emptied(half), 4);
-        }
-        barriers_created();
-    }
-}
-
-__device__ inline int start_of(const int* offsets, int expert) { return expert ? offsets[expert - 1] : 0; }
-
-// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`;
-// table(1)[e]: parts before its own of experts with several. All threads of the block come here.
-__device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
-    for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-        const int parts = (offsets[e] - start_of(offsets, e) + longest - 1) / longest;
-        table(0)[e] = parts * each;
-        table(1)[e] = parts > 1 ? parts : 0;
-    }
-    __syncthreads();
-    if (threadIdx.x < 2) {
-        int* counts = table(threadIdx.x);
-        int before = 0;
-        for (int e = 0; e < experts; ++e) {
-            const int count = counts[e];
-            counts[e] = before;
-            before += count;
-        }
-        counts[experts] = before;
-    }
-    __syncthreads();
-}
-
-// Starts: barriers, tables, and no block of the cluster before the others.
-__device__ inline void begin(const int* offsets, int experts, int longest, int each) {
-    create_barriers();
-    count_work(offsets, experts, longest, each);
-    cluster_arrive();
-    cluster_wait();
-}
-
-// No block ends while another still writes to it, or a store reads from it.
-__device__ inline void end() {
-    stores_read();
-    cluster_arrive();
-    cluster_wait();
-}
-
-// Hands a stage back to the blocks that load it.
-__device__ inline void release(int stage) {
-    if (threadIdx.x % 128 < BLOCKS) barrier_arrive(empty(stage), threadIdx.x % 128);
-}
-
-// The k-th block of a tile's summed dimension, n-th of all, added to acc, 64 rows by 128 columns twice; the block before
-// is handed back. *_ACROSS: the operand's rows lie along the summed dimension.
-template <int STAGES, int LEFT_ACROSS, int RIGHT_ACROSS>
-__device__ inline void add_block(float (&acc)[2][64], int n, int k, int half) {
-    constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // of 16 summed
-    const int stage = Turn<STAGES>(n).stage;
-    hold(acc[0]);
-    hold(acc[1]);
-    products_begin();
-#pragma unroll
-    for (int i = 0; i < DEPTH / 16; ++i) {
-        const unsigned long long rows = descriptor(left(stage) + half * BOX + i * left_step, BOX);
-        const Address matrix = right(stage) + i * right_step;
-        if (STAGES == PLAIN) {
-            multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, rows, descriptor(matrix, BOX), k + i > 0);
-        } else {  // 640 threads have too few registers for the instruction
-            multiply_half<LEFT_ACROSS, RIGHT_ACROSS>(acc[0], rows, descriptor(matrix, BOX), k + i > 0);
-            multiply_half<LEFT_ACROSS, RIGHT_ACROSS>(acc[1], rows, descriptor(matrix + 2 * BOX, BOX), k + i > 0);
-        }
-    }
-    products_issued();
-    if (k > 0) {
-        products_wait<1>();
-        release(Turn<STAGES>(n - 1).stage);
-    }
-}
-
-// After the last block, the n-th of all.
-template <int STAGES> __device__ inline void finish_blocks(float (&acc)[2][64], int n) {
-    products_wait<0>();
-    hold(acc[0]);
-    hold(acc[1]);
-    release(Turn<STAGES>(n).stage);
-}
-
-// Half of a warpgroup's columns, rounded, into shared memory, as the tensor memory accelerator has it.
-__device__ inline void stage_chunk(Address chunk, const float (&acc)[64]) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-        const int line = i + lane / 16;
-        const float* d = acc + 4 * i;
-        store_matrices(chunk + line / 8 * BOX + row * 128 + ((line % 8 ^ lane % 8) << 4), two_bfloats(d[0], d[1]),
-                       two_bfloats(d[2], d[3]), two_bfloats(d[4], d[5]), two_bfloats(d[6], d[7]));
-    }
-}
-
-// A result (…, stride) and where a chunk of it begins.
-struct Place {
-    const TensorMap& map;
-    unsigned short* to;
-    int row, column, stride;
-};
-
-// A staged chunk to its place; only the first `rows`. The warpgroup's threads together.
-__device__ inline void store_chunk(Address chunk, const Place& place, int rows) {
-    if (rows >= 64) {
-        if (threadIdx.x % 128 == 0) {
-            tensor_store(place.map, chunk, place.column, place.row);
-            tensor_store(place.map, chunk + BOX, place.column + 64, place.row);
-            stores_issued();
-        }
-        return;
-    }
-    const int line = threadIdx.x % 16;
-    for (int row = threadIdx.x % 128 / 16; row < rows; row += 8)
-        store_line(place.to + static_cast<long long>(place.row + row) * place.stride + place.column + 8 * line,
-                   load_line(chunk + line / 8 * BOX + row * 128 + ((line % 8 ^ row & 7) << 4)));
-}
-
-__device__ inline float low(unsigned word) { return __uint_as_float(word << 16); }
-__device__ inline float high(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
-
-// The warpgroup's half of a tile to its place, whose first row the tile has `rows` of.
-__device__ inline void store_half(float (&acc)[2][64], const TensorMap& map, unsigned short* to, int row, int rows,
-                                  int column, int stride, int half) {
-    const Address chunk = staging<PLAIN>(half);
-    rows -= 64 * half;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        if (rows <= 0 || column + 128 * i >= stride) continue;
-        if (threadIdx.x % 128 == 0) stores_read();
-        warpgroup_barrier();
-        stage_chunk(chunk, acc[i]);
-        before_async();
-        warpgroup_barrier();
-        store_chunk(chunk, {map, to, row + 64 * half, column + 128 * i, stride}, rows);
-    }
-}
 
 // Rows
 
@@ -217,7 +37,7 @@ struct Tiles {
 // Rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128, and of 512 where
 // blocks are two. Boxes: rows 128 / BLOCKS by 64, w 128 by 64, or ACROSS 64 by 64, out 64 by 64.
 struct Product {
-    const TensorMap &rows_map, &w_map;
+    const TensorMap& w_map;
     const int* offsets;
     int experts, inside, outside;
     unsigned short *out, *h;
@@ -229,27 +49,53 @@ struct Product {
     __device__ int across() const { return (outside + COLUMNS - 1) / COLUMNS / BLOCKS; }
 };
 
-template <int STAGES, int ACROSS> __device__ inline void load_tiles(const Product& p, Tiles tiles) {
+// A block of w, from row or column k of the summed dimension on.
+template <int ACROSS> __device__ inline void load_matrix(const Product& p, const Tile& tile, int k, int stage) {
+    for (int i = 0; i < (ACROSS ? 4 : 2); ++i)
+        if (ACROSS)
+            tensor_load(p.w_map, right(stage) + i * BOX, tile.column + 64 * i, tile.expert * p.inside + k, full(stage));
+        else
+            tensor_load(p.w_map, right(stage) + i * 2 * BOX, k, tile.expert * p.outside + tile.column + 128 * i, full(stage));
+}
+
+// One thread.
+template <int ACROSS> __device__ inline void load_tiles(const Product& p, const TensorMap& rows_map, Tiles tiles) {
     Tile tile;
-    tensor_prefetch(p.rows_map);
+    tensor_prefetch(rows_map);
     tensor_prefetch(p.w_map);
     const int share = ROWS / SHARES * rank_in_cluster();
     for (int n = 0; tiles.next(tile);)
         for (int k = 0; k < p.inside; k += DEPTH, ++n) {
-            const Turn<STAGES> turn(n);
+            const Turn<PLAIN> turn(n);
             barrier_wait(empty(turn.stage), turn.parity ^ 1);
             barrier_expect(full(turn.stage), STAGE);
-            tensor_load_all(p.rows_map, left(turn.stage) + share * 128, k, tile.start + share, full(turn.stage));
-            if (ACROSS) {
-                for (int i = 0; i < 4; ++i)
-                    tensor_load(p.w_map, right(turn.stage) + i * BOX, tile.column + 64 * i, tile.expert * p.inside + k,
-                                full(turn.stage));
-            } else {
-                for (int i = 0; i < 2; ++i)
-                    tensor_load(p.w_map, right(turn.stage) + i * 2 * BOX, k,
-                                tile.expert * p.outside + tile.column + 128 * i, full(turn.stage));
-            }
+            tensor_load_all(rows_map, left(turn.stage) + share * 128, k, tile.start + share, full(turn.stage));
+            load_matrix<ACROSS>(p, tile, k, turn.stage);
         }
+}
+
+// All threads of the warpgroup: eight have the lines of a row, each those of rows 16 apart.
+template <int ACROSS> __device__ inline void gather_tiles(const Product& p, const Gathered& rows, Tiles tiles) {
+    const int thread = threadIdx.x, line = thread % 8, first = thread / 8;
+    Tile tile;
+    for (int n = 0; tiles.next(tile);) {
+        int token[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) token[i] = rows.token(tile.start + first + 16 * i);
+#pragma unroll 1
+        for (int k = 0; k < p.inside; k += DEPTH, ++n) {
+            const Turn<CURVED> turn(n);
+            barrier_wait(empty(turn.stage), turn.parity ^ 1);
+            if (thread == 0) {
+                barrier_expect(full(turn.stage), STAGE - LEFT);
+                load_matrix<ACROSS>(p, tile, k, turn.stage);
+            }
+            const Address to = left(turn.stage) + first * 128 + ((line ^ first % 8) << 4);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) copy_line(to + 16 * i * 128, rows.at(token[i], k + 8 * line));
+            copies_arrive(full(turn.stage));
+        }
+    }
 }
 
 // The warpgroup's half of a tile; n counts blocks of the summed dimension from the first tile on.
@@ -257,19 +103,21 @@ template <int STAGES, int ACROSS> __device__ inline void multiply_tile(float (&a
     for (int k = 0; k < p.inside / DEPTH; ++k, ++n) {
         const Turn<STAGES> turn(n);
         barrier_wait(full(turn.stage), turn.parity);
+        if (STAGES == CURVED) before_async();  // what was copied, before the tensor cores read it
         add_block<STAGES, 0, ACROSS>(acc, n, k, half);
     }
     finish_blocks<STAGES>(acc, n - 1);
 }
 
 // out (N, outside) = the products.
-template <int ACROSS> __device__ inline void plain_product(const Product& p, const TensorMap& out_map) {
-    begin(p.offsets, p.experts, ROWS, p.across());
+template <int ACROSS>
+__device__ inline void plain_product(const Product& p, const TensorMap& rows_map, const TensorMap& out_map) {
+    begin(p.offsets, p.experts, ROWS, p.across(), 0);
     const int warpgroup = static_cast<int>(threadIdx.x) / 128;
     Tiles tiles(p.offsets, p.experts, p.across());
     if (warpgroup == 0) {
         fewer_registers<40>();
-        if (threadIdx.x == 0) load_tiles<PLAIN, ACROSS>(p, tiles);
+        if (threadIdx.x == 0) load_tiles<ACROSS>(p, rows_map, tiles);
     } else {
         more_registers<232>();
         Tile tile;
@@ -285,15 +133,15 @@ template <int ACROSS> __device__ inline void plain_product(const Product& p, con
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 down(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
      unsigned short* out) {
-    plain_product<0>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
-                      static_cast<int>(outside), out}, out_map);
+    plain_product<0>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out},
+                     rows_map, out_map);
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 back(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
      unsigned short* out) {
-    plain_product<1>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
-                      static_cast<int>(outside), out}, out_map);
+    plain_product<1>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out},
+                     rows_map, out_map);
 }
 
 // A multiplying warpgroup's half of the number-th tile to the warpgroup that finishes it, with the bias.
@@ -360,18 +208,17 @@ template <int SLOPE> __device__ inline void finish(const Product& p, const Tile&
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+            if (64 * j >= columns) break;
             uint4 g = load_line(staged + j * BOX + 16 * i * 128), h;
             follow<SLOPE>(g.x, z[j].x, h.x, weight, sum);
             follow<SLOPE>(g.y, z[j].y, h.y, weight, sum);
             follow<SLOPE>(g.z, z[j].z, h.z, weight, sum);
             follow<SLOPE>(g.w, z[j].w, h.w, weight, sum);
-            if (64 * j < columns) {
-                if (live) {
-                    store_line(p.out + at + 64 * j, g);
-                    store_line(p.h + at + 64 * j, h);
-                }
-                if (more) z[j] = *reinterpret_cast<const uint4*>(p.z + at + 16ll * p.outside + 64 * j);
+            if (live) {
+                store_line(p.out + at + 64 * j, g);
+                store_line(p.h + at + 64 * j, h);
             }
+            if (more) z[j] = *reinterpret_cast<const uint4*>(p.z + at + 16ll * p.outside + 64 * j);
         }
         if (SLOPE) {
             weight = next_weight;
@@ -386,14 +233,14 @@ template <int SLOPE> __device__ inline void finish(const Product& p, const Tile&
     if (lane == 0) barrier_arrive(emptied(half), rank_in_cluster());
 }
 
-template <int SLOPE> __device__ inline void curved_product(const Product& p) {
-    begin(p.offsets, p.experts, ROWS, p.across());
+template <int SLOPE> __device__ inline void curved_product(const Product& p, const Gathered& rows) {
+    begin(p.offsets, p.experts, ROWS, p.across(), 128);
     const int warpgroup = static_cast<int>(threadIdx.x) / 128;
     Tiles tiles(p.offsets, p.experts, p.across());
     Tile tile;
     if (warpgroup == 0) {
         fewer_registers<LOADING>();
-        if (threadIdx.x == 0) load_tiles<CURVED, SLOPE>(p, tiles);
+        gather_tiles<SLOPE>(p, rows, tiles);
     } else if (warpgroup < 3) {
         more_registers<MULTIPLYING>();
         for (int n = 0, number = 0; tiles.next(tile); ++number) {
@@ -409,18 +256,21 @@ template <int SLOPE> __device__ inline void curved_product(const Product& p) {
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(640, 1)
-up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside,
-   unsigned short* out, unsigned short* h, const unsigned short* bias) {
-    curved_product<0>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
-                       static_cast<int>(outside), out, h, bias});
+up(MAP w_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k, const int* offsets,
+   long long experts, long long inside, long long outside, unsigned short* out, unsigned short* h,
+   const unsigned short* bias) {
+    curved_product<0>(
+        {w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out, h, bias},
+        {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)});
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(640, 1)
-slope(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside,
-      unsigned short* out, unsigned short* h, const unsigned short* z, const float* weights, const int* slot_of_row,
-      float* partial) {
-    curved_product<1>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
-                       static_cast<int>(outside), out, h, nullptr, z, weights, slot_of_row, partial});
+slope(MAP w_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k, const int* offsets,
+      long long experts, long long inside, long long outside, unsigned short* out, unsigned short* h,
+      const unsigned short* z, const float* weights, float* partial) {
+    curved_product<1>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside),
+                       out, h, nullptr, z, weights, slot_of_row, partial},
+                      {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)});
 }
 
 // Sums over rows
@@ -450,43 +300,64 @@ struct Parts {
     }
 };
 
-// dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
+// Copies a block of 64 gathered rows, WIDTH columns of them from `column` on, into boxes beside each other.
+template <int WIDTH>
+__device__ inline void gather_block(const Gathered& rows, int start, int column, Address to, int n) {
+    constexpr int LINES = WIDTH / 8, STEP = 128 / LINES;
+    const int thread = threadIdx.x, line = thread % LINES, first = thread / LINES;
+    const int bytes = column + 8 * line < rows.width ? 16 : 0;  // what is past the last column is 0
+    int token[64 / STEP];
+#pragma unroll
+    for (int i = 0; i < 64 / STEP; ++i) token[i] = rows.token(start + first + STEP * i);
+    const Turn<PLAIN> turn(n);
+    barrier_wait(empty(turn.stage), turn.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < 64 / STEP; ++i) {
+        const int row = first + STEP * i;
+        copy_line(to + line / 8 * BOX + row * 128 + ((line % 8 ^ row % 8) << 4), rows.at(token[i], bytes ? column + 8 * line : 0),
+                  bytes);
+    }
+    copies_arrive(full(turn.stage));
+}
+
+// dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside); one of them is gathered.
 //
 // Up to `longest` rows are summed at once. The only part of an expert goes to dw; of several each goes to
 // parts (part, outside, inside) in fp32, which `sum_parts` adds. Rows after a part's are another's, and may be NaN:
 // they are cleared in shared memory. Boxes: 64 by 64. outside and inside are multiples of 128, inside of 512 where
 // blocks are two.
-extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts_, long long outside_,
-                long long inside_, long long longest_, unsigned short* dw, float* parts) {
-    const int experts = static_cast<int>(experts_), outside = static_cast<int>(outside_);
-    const int inside = static_cast<int>(inside_), longest = static_cast<int>(longest_);
+template <int LEFT_GATHERED>
+__device__ inline void weight_gradient(const TensorMap& rows_map, const Gathered& rows, const TensorMap& dw_map,
+                                       const int* offsets, int experts, int outside, int inside, int longest,
+                                       unsigned short* dw, float* parts) {
     const int high = outside / ROWS, across = (inside + COLUMNS - 1) / COLUMNS / BLOCKS;
-    begin(offsets, experts, longest, high * across);
+    begin(offsets, experts, longest, high * across, 128);
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Parts work(offsets, experts, high, across, longest);
     Part part;
     if (half < 0) {
-        fewer_registers<40>();
-        if (threadIdx.x == 0) {
-            tensor_prefetch(y_map);
-            tensor_prefetch(x_map);
-            for (int n = 0; work.next(part);)
-                for (int k = 0; k < part.rows; k += DEPTH, ++n) {
-                    const Turn<PLAIN> turn(n);
+        fewer_registers<72>();
+        for (int n = 0; work.next(part);)
+            for (int k = 0; k < part.rows; k += DEPTH, ++n) {
+                const Turn<PLAIN> turn(n);
+                if (threadIdx.x == 0) {
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                    barrier_expect(full(turn.stage), STAGE);
-                    for (int i = 0; i < 2; ++i)
-                        if (BLOCKS == 1 || i == rank_in_cluster())
-                            tensor_load_all(y_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k,
+                    barrier_expect(full(turn.stage), LEFT_GATHERED ? STAGE - LEFT : LEFT);
+                    for (int i = 0; i < (LEFT_GATHERED ? 4 : 2); ++i)
+                        if (LEFT_GATHERED)
+                            tensor_load(rows_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k,
+                                        full(turn.stage));
+                        else if (BLOCKS == 1 || i == rank_in_cluster())
+                            tensor_load_all(rows_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k,
                                             full(turn.stage));
-                    for (int i = 0; i < 4; ++i)
-                        tensor_load(x_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k,
-                                    full(turn.stage));
                 }
-        }
+                if (LEFT_GATHERED)
+                    gather_block<128>(rows, part.start + k, part.left, left(turn.stage), n);
+                else
+                    gather_block<256>(rows, part.start + k, part.right, right(turn.stage), n);
+            }
     } else {
-        more_registers<232>();
+        more_registers<216>();
         for (int n = 0; work.next(part);) {
             float acc[2][64];
             for (int k = 0; k * DEPTH < part.rows; ++k, ++n) {
@@ -498,6 +369,7 @@ weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long 
                     before_async();
                     consumers_barrier();
                 }
+                before_async();  // what was copied, before the tensor cores read it
                 add_block<PLAIN, 1, 1>(acc, n, k, half);
             }
             finish_blocks<PLAIN>(acc, n - 1);
@@ -519,6 +391,25 @@ weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long 
         }
     }
     end();
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+gradient_in(MAP y_map, MAP dw_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k,
+            const int* offsets, long long experts, long long outside, long long inside, long long longest,
+            unsigned short* dw, float* parts) {
+    weight_gradient<0>(
+        y_map, {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)}, dw_map, offsets,
+        static_cast<int>(experts), static_cast<int>(outside), static_cast<int>(inside), static_cast<int>(longest), dw, parts);
+}
+
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+gradient_out(MAP x_map, MAP dw_map, const unsigned short* d_y, const int* slot_of_row, long long rows, long long top_k,
+             const int* offsets, long long experts, long long outside, long long inside, long long longest,
+             unsigned short* dw, float* parts) {
+    weight_gradient<1>(
+        x_map, {d_y, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(outside)}, dw_map,
+        offsets, static_cast<int>(experts), static_cast<int>(outside), static_cast<int>(inside), static_cast<int>(longest),
+        dw, parts);
 }
 
 // What `weight_gradient` left in parts, summed in their order into dw; zeros for an expert without rows. Grid: (any, E).
