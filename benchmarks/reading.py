@@ -313,15 +313,16 @@ def _picture(fits: Fits, group: tuple[int, int], law: PowerLaw) -> Picture:
         for low, high, line in ((*law.range, "-"), (law.range[1], min(max(reach), 20 * law.range[1]), "--")):
             place = np.geomspace(low, max(low, high), 200)
             axes.plot(place, [law.loss(c) for c in place], color=ARM_COLOURS[0], linestyle=line, linewidth=1.2)
-        for index, (kind, marker) in enumerate(((fits.dense[group], "o"), (fits.experts[group], "s"))):
+        sides = ((fits.dense[group], "o", "left", (5, 3)), (fits.experts[group], "s", "right", (-6, -6)))
+        for index, (kind, marker, side, apart) in enumerate(sides):
             for point in kind:
                 axes.plot(point.compute, point.loss, marker, color=ARM_COLOURS[index])
                 axes.annotate(
-                    point.name, (point.compute, point.loss), xytext=(5, 3), textcoords="offset points", fontsize=8,
-                    color=ARM_COLOURS[index],
+                    point.name, (point.compute, point.loss), xytext=apart, textcoords="offset points", fontsize=8,
+                    color=ARM_COLOURS[index], ha=side,
                 )  # fmt: skip
         axes.set_xscale("log")
-        axes.margins(x=0.18)
+        axes.margins(x=0.2, y=0.1)
         axes.grid(visible=False, which="minor")
         axes.set_xlabel("training FLOPs")
         axes.set_ylabel("loss, nats per token")
