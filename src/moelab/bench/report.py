@@ -88,5 +88,5 @@ def draw_layer(results: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("time ÷ dense twin's")
         axes.set_xlabel(f"{results['environment']['device']}, {results['environment']['precision']}")
         axes.grid(visible=False, axis="x")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
         figure.savefig(path, dpi=200)
