@@ -32,6 +32,9 @@ from moelab.model.router import Router
 Drawn = TypeVar("Drawn", bound=nn.Module)
 
 TWIN = "dense twin"
+PROFILED = (
+    3  # rounds in which the kernels' time is taken too: a GPU that throttles is not the same from one to the next
+)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
@@ -262,26 +265,30 @@ def _timed(
         wall_ms(step, 3, device)
     walls: dict[str, list[float]] = {name: [] for name in steps}
     replays: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(settings.rounds):
+    forwards = {name: _forward(layer, x) for name, layer in layers.items()}
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}  # of a step, and of its forward pass
+    for number in range(settings.rounds):
         for name, step in steps.items():
             walls[name].append(wall_ms(step, settings.steps, device))
             if (graph := graphs[name]) is not None:
                 replays[name].append(wall_ms(graph, settings.steps, device))
+            if device.type == "cpu":  # all time is busy
+                seen[name].append((walls[name][-1], wall_ms(forwards[name], settings.steps, device)))
+            elif number < PROFILED:
+                whole, front = (busy_ms(part, settings.steps, device) for part in (step, forwards[name]))
+                seen[name] += [(whole, front)] if whole and front else []
     found: dict[str, dict[str, float | None]] = {}
     for name, layer in layers.items():
-        forward = _forward(layer, x)
-        whole, front = (busy_ms(step, settings.steps, device) for step in (steps[name], forward))
-        if whole is None or front is None:  # on a CPU all time is busy
-            front = statistics.median(wall_ms(forward, settings.steps, device) for _ in range(settings.rounds))
-            back = statistics.median(walls[name]) - front
-        else:
-            back = whole - front
-        peak, kept = peak_and_kept_mib(forward, lambda y: y.backward(upstream), device)
+        whole, front = (
+            (statistics.median(times) for times in zip(*seen[name], strict=True)) if seen[name] else (None, None)
+        )
+        peak, kept = peak_and_kept_mib(forwards[name], lambda y: y.backward(upstream), device)
         _forget(layer)
         found[name] = {
-            "wall_ms": statistics.median(walls[name]), "busy_ms": whole,
+            "wall_ms": statistics.median(walls[name]), "busy_ms": whole if device.type != "cpu" else None,
             "captured_ms": statistics.median(replays[name]) if replays[name] else None,
-            "forward_ms": front, "backward_ms": back, "peak_mib": peak, "kept_mib": kept,
+            "forward_ms": front, "backward_ms": whole - front if whole and front else None,
+            "peak_mib": peak, "kept_mib": kept,
         }  # fmt: skip
     return found
 
