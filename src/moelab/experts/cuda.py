@@ -171,14 +171,16 @@ class Rows:
         return d_z
 
     def bias_gradient(self, rows: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """rows (N, C) → the sum over each expert's (E, C), in fp32, each times its slot's weight where given."""
+        """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
+        those of each expert's slots are summed, times the weights."""
         experts, width = len(self.routing.offsets), rows.shape[1]
         out = rows.new_empty(experts, width)
         wide = _wide(width, rows)
         columns = 8 * (16 // rows.element_size() if wide else 1)
         self.launch(
             self.source, "bias_gradient", (-(-width // columns), experts), (32, WARPS), rows.data_ptr(),
-            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), out.data_ptr(), width, wide,
+            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), out.data_ptr(),
+            self.indices_TK.shape[1], width, wide,
         )  # fmt: skip
         return out
 

@@ -277,7 +277,7 @@ def hopper_experts_backward(
         d_weights = kernels.slot_gradient(partial, dy, b_out)
         d_w_out = products.gradient_out(dy, h, w_out)
         del h
-        d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(kernels.dispatch(dy), weights)
+        d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
         d_w_in = products.gradient_in(d_z, x, w_in)
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_x = kernels.combine(products.back(d_z, w_in, dy.new_empty(len(z), dy.shape[1])))

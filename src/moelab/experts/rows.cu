@@ -349,7 +349,7 @@ constexpr int ACROSS = 8, DOWN = 32 * WARPS / ACROSS;  // threads of a block alo
 
 template <int V> __device__ void sum_columns(
     const Element* __restrict__ rows, const float* __restrict__ weights, const int* __restrict__ slot_of_row,
-    Element* __restrict__ out, Index start, Index end, Index width) {
+    Element* __restrict__ out, Index start, Index end, Index top_k, Index width) {
     __shared__ float partial[DOWN][ACROSS * V];
     const int thread = threadIdx.y * 32 + threadIdx.x, column = thread % ACROSS, down = thread / ACROSS;
     const Index at = (static_cast<Index>(blockIdx.x) * ACROSS + column) * V;
@@ -357,9 +357,10 @@ template <int V> __device__ void sum_columns(
     if (at < width && weights) {
 #pragma unroll 4
         for (Index row = start + down; row < end; row += DOWN) {
+            const Index slot = slot_of_row[row];
             float value[V] = {};
-            add<V>(value, rows + row * width + at);
-            const float weight = weights[slot_of_row[row]];
+            add<V>(value, rows + slot / top_k * width + at);
+            const float weight = weights[slot];
 #pragma unroll
             for (int j = 0; j < V; ++j) sum[j] += weight * value[j];
         }
@@ -377,13 +378,13 @@ template <int V> __device__ void sum_columns(
     store(out + blockIdx.y * width + at, narrow(sum));
 }
 
-// rows (N, C) → out[e] (E, C), the sum over an expert's rows, each times the weight of its slot where weights is not 0.
-// Grid: (C / (ACROSS · elements an access), E).
+// rows (N, C) → out[e] (E, C), the sum over an expert's rows; or with weights (T, K) of tokens (T, C) for rows, the sum of
+// their rows times the weights. Grid: (C / (ACROSS · elements an access), E).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 bias_gradient(const Element* rows, const float* weights, const int* slot_of_row, const int* offsets, Element* out,
-              Index width, Index wide) {
+              Index top_k, Index width, Index wide) {
     const Index start = blockIdx.y ? offsets[blockIdx.y - 1] : 0, end = offsets[blockIdx.y];
-    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, out, start, end, width);
+    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, out, start, end, top_k, width);
 }
 
 template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
