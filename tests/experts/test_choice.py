@@ -72,10 +72,41 @@ def test_the_fastest_at_the_nearest_shape_comes_first_and_the_reference_last(tim
 
 
 def test_what_was_not_measured_has_the_stated_order_and_says_so(times: str) -> None:
-    for devices, dtype in (("compute capability 1.0", torch.bfloat16), (times, torch.float16)):
+    for devices, dtype in (("CPUs with bf16 units", torch.bfloat16), (times, torch.float32)):
         found = choice.order(devices, dtype, SMALL)
         assert found.backends == ORDER
         assert found.basis == f"{str(dtype).removeprefix('torch.')} was not measured on {devices}"
+
+
+@pytest.mark.parametrize(
+    ("devices", "dtype", "basis"),
+    [
+        ("compute capability 99.0", torch.float16, "float16 was not measured on compute capability 99.0; by bfloat16"),
+        ("compute capability 8.6", torch.bfloat16, "bfloat16 was not measured on compute capability 8.6; by bfloat16"),
+        ("compute capability 8.6", torch.float16, "float16 was not measured on compute capability 8.6; by bfloat16"),
+    ],
+)
+def test_the_other_16_bit_type_and_other_gpus_stand_in_for_what_was_not_measured(
+    devices: str, dtype: torch.dtype, basis: str, times: str
+) -> None:
+    found = choice.order(devices, dtype, SMALL)
+    assert found.backends == choice.order(times, torch.bfloat16, SMALL).backends
+    assert found.basis == f"{basis} times on {times} at {SMALL}"
+
+
+def test_of_the_gpus_measured_the_nearest_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        "compute capability 9.0": {"triton": 1.0, "cuda": 2.0},
+        "compute capability 12.0": {"cuda": 1.0, "triton": 2.0},
+    }
+    table = {name: {"rows": [["bfloat16", 1024, *SMALL, ms]]} for name, ms in rows.items()}
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(table))
+    monkeypatch.setattr(choice, "TABLE", file)
+    first = {
+        c: choice.order(f"compute capability {c}", torch.bfloat16, SMALL).backends[0] for c in ("8.0", "10.0", "12.1")
+    }
+    assert first == {"8.0": "triton", "10.0": "triton", "12.1": "cuda"}
 
 
 def test_every_backend_of_the_order_is_one_that_auto_may_pick() -> None:

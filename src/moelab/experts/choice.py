@@ -1,8 +1,9 @@
 """Which backend `auto` is: the fastest measured for such experts on such a device, of those that work here.
 
 `measured.json` has the times, made by `benchmarks/choose.py` from what `moelab bench layer --json` wrote. The nearest
-measured shape decides; where nothing was measured the order is `ORDER`. The number of tokens has no say, so that
-training, evaluation and sampling of one model use one backend, and a compiled graph does not depend on it.
+measured shape decides. Where nothing was measured the other 16-bit type stands in, or for a GPU the nearest one, and
+else the order is `ORDER`. The number of tokens has no say, so that training, evaluation and sampling of one model use
+one backend, and a compiled graph does not depend on it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from moelab.device import cpu_has_bf16
 # Of `auto` where nothing was measured. `reference` stays last wherever it stands in the times: it breaks a compiled
 # graph, as megablocks does, which is not here at all.
 ORDER = ("grouped_mm", "triton", "cuda", "reference")
+OTHER_HALF = {"float16": ("bfloat16",), "bfloat16": ("float16",)}  # whose times stand in where there are none
+CAPABILITY = "compute capability"
 TABLE = Path(__file__).with_name("measured.json")
 
 
@@ -58,7 +61,7 @@ def device_class(device: torch.device) -> str:
     if device.type == "cuda":
         if torch.version.hip:
             return torch.cuda.get_device_name(device)
-        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+        return "{} {}.{}".format(CAPABILITY, *torch.cuda.get_device_capability(device))
     if device.type == "cpu":
         return f"CPUs {'with' if cpu_has_bf16() else 'without'} bf16 units"
     return device.type
@@ -68,21 +71,42 @@ def device_class(device: torch.device) -> str:
 def order(devices: str, dtype: torch.dtype, shape: Shape) -> Order:
     """What `auto` tries for experts of a shape on a class of devices, fastest first."""
     precision = str(dtype).removeprefix("torch.")
-    times = measured_times(devices).get(precision)
-    if not times:
-        return Order(ORDER, f"{precision} was not measured on {devices}")
-    nearest = min(times, key=lambda known: _distance(known, shape))
-    fastest = sorted((name for name in times[nearest] if name in ORDER[:-1]), key=times[nearest].__getitem__)
-    names = (*fastest, *(name for name in ORDER if name not in fastest))
-    beside = "" if nearest == shape else ", the nearest measured"
-    return Order(names, f"by {precision} times on {devices} at {nearest}{beside}")
+    for known in _alike(devices):
+        for measured in (precision, *OTHER_HALF.get(precision, ())):
+            if times := measured_times(known).get(measured):
+                nearest = min(times, key=lambda sizes: _distance(sizes, shape))
+                fastest = sorted(
+                    (name for name in times[nearest] if name in ORDER[:-1]), key=times[nearest].__getitem__
+                )
+                names = (*fastest, *(name for name in ORDER if name not in fastest))
+                basis = (
+                    f"by {measured} times on {known} at {nearest}{'' if nearest == shape else ', the nearest measured'}"
+                )
+                own = (known, measured) == (devices, precision)
+                return Order(names, basis if own else f"{precision} was not measured on {devices}; {basis}")
+    return Order(ORDER, f"{precision} was not measured on {devices}")
+
+
+def _alike(devices: str) -> list[str]:
+    """A class of devices, and those whose times say something of it: of an NVIDIA GPU the others, the nearest first."""
+    number = _capability(devices)
+    if number is None:
+        return [devices]
+    others = [name for name in table() if name != devices and _capability(name) is not None]
+    return [devices, *sorted(others, key=lambda name: abs((_capability(name) or 0) - number))]
+
+
+def _capability(devices: str) -> float | None:
+    kind, _, number = devices.rpartition(" ")
+    return float(number) if kind == CAPABILITY else None
 
 
 def in_words(device: torch.device) -> str:
     """What `auto` goes by on a device."""
     devices = device_class(device)
-    if measured_times(devices):
-        return f"the fastest measured on {devices}"
+    for known in _alike(devices):
+        if measured_times(known):
+            return f"the fastest measured on {known}" + ("" if known == devices else f"; {devices} was not")
     return f"first usable of {', '.join(ORDER)}"
 
 
