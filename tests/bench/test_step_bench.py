@@ -107,6 +107,21 @@ def test_a_backend_that_cannot_be_used_gets_a_row_with_the_reason() -> None:
     assert row["reason"].startswith("backend = cuda: needs")
 
 
+def test_what_has_no_memory_for_its_parts_keeps_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("too small")
+
+    monkeypatch.setattr(TimedStep, "parts", out_of_memory)
+    found = bench_step(replace(SMALL, arms=("dense",)))
+    assert found["rows"][0]["parts"] is None
+    assert found["rows"][0]["ms"] > 0
+    print_step(found, Console(width=80))
+    assert "dense" in capsys.readouterr().out
+    draw_step(found, tmp_path / "a.svg")
+
+
 def test_the_tables_fit_a_terminal_and_say_what_was_timed(
     results: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

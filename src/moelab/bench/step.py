@@ -101,8 +101,8 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
         and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens" (of a step), "parameters",
         "active_parameters", "flops_per_token", "ms", "tokens_per_second", "mfu", "peak_bytes" (None on a CPU),
         "first_seconds" (to compile and capture), "captured", "idle" (share of the time in which no kernel ran; None on
-        a CPU), "parts" ({part: share of the time}), "twin" and "ratio" (tokens/s over those of the dense arm of
-        the same active FLOPs, where both were timed)}]}.
+        a CPU), "parts" ({part: share of the time}; None where the memory was too small), "twin" and "ratio" (tokens/s
+        over those of the dense arm of the same active FLOPs, where both were timed)}]}.
 
     Raises:
         UsageError: a device or precision that is not there.
@@ -194,8 +194,11 @@ def _measured(
     of_step = sequences * config.context
     counts, flops, ms = count_parameters(config), flops_per_token(config), statistics.median(seconds) * 1e3
     idle = None if busy is None else max(0.0, 1 - busy / ms)
-    timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
-    parts = timed.parts(batches.windows(0).to(device))
+    try:  # the halves compiled apart take more memory
+        timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
+        shares = timed.parts(batches.windows(0).to(device))
+    except torch.OutOfMemoryError:
+        shares = None
     return row | {
         "tokens": of_step,
         "parameters": counts.total,
@@ -205,7 +208,7 @@ def _measured(
         "tokens_per_second": of_step / ms * 1e3,
         "mfu": model_flops_utilization(of_step / ms * 1e3, flops, peak_flops(device, dtype)),
         "idle": idle,
-        "parts": {name: share * (1 - (idle or 0)) for name, share in parts.items()},
+        "parts": shares and {name: share * (1 - (idle or 0)) for name, share in shares.items()},
     }
 
 

@@ -72,7 +72,18 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, An
 
 
 def _part(name: str, row: dict[str, Any]) -> str:
-    return _percent(row["parts"][name])
+    return _percent(row["parts"] and row["parts"][name])
+
+
+def _share(row: dict[str, Any], part: str) -> float:
+    """Of a bar; all of it is "other" but for what is idle where the parts are not known."""
+    idle: float = row["idle"] or 0
+    if part == "idle":
+        return idle
+    if row["parts"] is None:
+        return 1 - idle if part == "other" else 0
+    share: float = row["parts"][part]
+    return share
 
 
 def _percent(share: float | None) -> str:
@@ -104,7 +115,7 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
             names = ["\n".join(filter(None, (row["arm"], row["backend"]))) for row in rows]
             left = [0.0] * len(rows)
             for part, colour in colours.items():
-                shares = [(row["idle"] or 0) if part == "idle" else row["parts"][part] for row in rows]
+                shares = [_share(row, part) for row in rows]
                 widths = [share * row["ms"] for share, row in zip(shares, rows, strict=True)]
                 axes.barh(names, widths, 0.8, left, color=colour, label=part)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
