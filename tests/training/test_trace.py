@@ -31,11 +31,25 @@ def test_a_profiled_run_leaves_a_timeline_of_its_steps_and_the_same_losses(tiny_
     assert profiled["val_loss"] == train(tiny_run(), tmp_path / "plain")["val_loss"]
 
 
-def test_a_run_too_short_for_a_profile_says_so(tiny_run: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        (3, "profile: nothing is written; it takes more than 5 steps, and this run made 3"),
+        (5, "profile: nothing is written; it takes more than 5 steps, and this run made 5"),
+        (6, "profile: 1 step is in"),
+        (8, "profile: 3 steps are in"),
+    ],
+)
+def test_a_run_too_short_for_a_whole_profile_says_what_there_is(
+    steps: int, line: str, tiny_run: MakeRun, tmp_path: Path
+) -> None:
     said = io.StringIO()
-    train(tiny_run(steps=3), tmp_path / "run", profile=True, console=Console(file=said, width=200))
-    assert "profile: nothing is written; it takes 10 steps, and this run made 3" in said.getvalue()
-    assert not (tmp_path / "run" / "trace.json.gz").exists()
+    train(tiny_run(steps=steps), tmp_path / "run", profile=True, console=Console(file=said, width=200))
+    assert [found for found in said.getvalue().splitlines() if "profile:" in found] == [
+        found for found in said.getvalue().splitlines() if line in found
+    ]
+    assert line in said.getvalue()
+    assert (tmp_path / "run" / "trace.json.gz").exists() == (steps > 5)
 
 
 def test_compiled_code_is_kept_under_the_home_unless_the_user_names_a_folder(

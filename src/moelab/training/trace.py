@@ -22,13 +22,16 @@ def traced(file: Path, device: torch.device, say: Callable[[str], object]) -> It
     written = []
 
     def write(profiler: profile) -> None:
+        steps = min(RECORDED, profiler.step_num - BEFORE)
+        if steps < 1:
+            return
         profiler.export_chrome_trace(str(file))
         written.append(file)
-        say(f"profile: {RECORDED} steps are in {file}; open it in https://ui.perfetto.dev")
+        say(f"profile: {steps} step{'s are' if steps > 1 else ' is'} in {file}; open it in https://ui.perfetto.dev")
 
     plan = schedule(wait=BEFORE - 1, warmup=1, active=RECORDED, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=write) as profiler:
         yield profiler.step
+    if not written:
         made = profiler.step_num
-        if made < BEFORE + RECORDED and not written:
-            say(f"profile: nothing is written; it takes {BEFORE + RECORDED} steps, and this run made {made}")
+        say(f"profile: nothing is written; it takes more than {BEFORE} steps, and this run made {made}")
