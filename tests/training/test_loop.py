@@ -125,6 +125,16 @@ def test_accumulation_gives_the_gradient_of_the_larger_batch(tiny_run: MakeRun, 
     assert cut["val_loss"] == pytest.approx(large["val_loss"], rel=1e-5)  # sums in another order
 
 
+def test_a_line_of_metrics_that_was_half_written_is_left_out_on_resume(tiny_run: MakeRun, tmp_path: Path) -> None:
+    run, folder = tiny_run(steps=4, checkpoint_interval=2, log_interval=1), tmp_path / "run"
+    summary = train(run, folder)
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").write_text(whole + '{"step": 5, "tok')
+    assert train(run, folder, resume=True)["val_loss"] == summary["val_loss"]
+    assert (folder / "metrics.jsonl").read_text() == whole
+
+
 def test_resume_without_a_checkpoint_starts_at_step_0(tiny_run: MakeRun, tmp_path: Path) -> None:
     assert train(tiny_run(), tmp_path / "run", resume=True)["steps"] == 12
 

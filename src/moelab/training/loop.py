@@ -400,10 +400,12 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
     def _stored_metrics(self) -> list[dict[str, Any]]:
+        """The lines so far, without a last one that a killed process left half written."""
         try:
-            return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+            lines = (self.folder / "metrics.jsonl").read_text().split("\n")
         except FileNotFoundError:
             return []
+        return [json.loads(line) for line in lines[:-1]]
 
     def _keep_metrics_until(self, step: int) -> None:
         """Drops lines after the checkpoint that the run goes on from: those steps are made again."""
