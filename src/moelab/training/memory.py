@@ -62,8 +62,8 @@ class Memory:
 def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype) -> Memory:
     """The peak of a step, nothing being allocated.
 
-    Gradients are counted in full, as they lie there from a step's second micro-batch on. Experts are counted as the
-    backend that keeps the most but for `triton` by name, which keeps the least.
+    Gradients are counted in full, as they lie there from a step's second micro-batch on. Experts are counted as
+    `grouped_mm` keeps them, the most of all, whatever the backend: a run may go on with another one.
     """
     size, tokens = dtype.itemsize, training.batch_size * model.context
     counts = count_parameters(model)
@@ -126,10 +126,7 @@ class _Block:
             return steps * model.hidden_size * size
         hidden, k, moe = model.expert_hidden_size, self.moe.top_k, self.moe
         routing = 12 * moe.experts + k * (8 + 4 + 3 * 8)
-        if moe.backend == "triton":
-            experts = k * inner_size(model.activation, hidden) * size
-        else:  # besides the sorted rows of tokens and of outputs
-            experts = k * (steps * hidden + 2 * model.width) * size
+        experts = k * (steps * hidden + 2 * model.width) * size  # with the sorted rows of tokens and of outputs
         shared = steps * moe.shared_experts * hidden * size
         # On CPUs the router's input is cast; the cast takes its place where no product of shared experts reads it too.
         in_fp32 = (4 if moe.shared_experts else 4 - size) * model.width if self.on_cpu and size < 4 else 0
