@@ -286,14 +286,17 @@ def evaluate(arguments: list[str]) -> None:
             print(f"  {name.replace('_', ' '):<16}{shown:>16}")
 
 
-def _check_writable(file: Path | None) -> None:
+def _check_writable(file: Path | None, name: str = "json") -> None:
     """Raises `UsageError` now, and not when the figures are there."""
     if file is not None:
+        there = file.exists()
         try:
             with file.open("a"):
                 pass
         except OSError as problem:
-            raise UsageError(f"json = {file}: cannot be written ({problem.strerror}); give another file") from None
+            raise UsageError(f"{name} = {file}: cannot be written ({problem.strerror}); give another file") from None
+        if not there:
+            file.unlink()
 
 
 def sample(arguments: list[str]) -> None:
@@ -405,9 +408,8 @@ def _timed(
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """Measures, prints, and writes what is to be written."""
-    for file in (flags.json, flags.picture):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: its folder is not there; make it, or choose another file")
+    _check_writable(flags.json)
+    _check_writable(flags.picture, "picture")
     results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
     show(results, Console())
     if flags.json:

@@ -100,6 +100,11 @@ def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -
         replace(SMALL, **change)  # type: ignore[arg-type]
 
 
+def test_a_capture_that_the_device_has_not_is_refused() -> None:
+    with pytest.raises(UsageError, match="capture = on: needs a CUDA device, and this run is on cpu"):
+        bench_step(replace(SMALL, capture="on"))
+
+
 def test_a_backend_that_cannot_be_used_gets_a_row_with_the_reason() -> None:
     found = bench_step(replace(SMALL, arms=("moe-matched",), backends=("cuda",)))
     (row,) = found["rows"]
@@ -146,7 +151,9 @@ def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pyte
     assert [row["arm"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["dense"]
     assert "</svg>" in (tmp_path / "a.svg").read_text()
     assert "dense" in capsys.readouterr().out
-    assert main([*words, "--json", str(tmp_path / "no" / "a.json")]) == 2
+    for place in (tmp_path / "no" / "a.json", tmp_path):
+        assert main([*words, "--json", str(place)]) == 2
+        assert f"json = {place}: cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ from moelab.model import GPT
 from moelab.presets import ARMS, PRESETS, arm_model
 from moelab.training.batches import Batches, prefetched
 from moelab.training.memory import split_step
-from moelab.training.step import Step
+from moelab.training.step import Step, check_capture
 
 WARM_STEPS = 3
 VOCABULARY = 50_304  # GPT-2's, padded
@@ -105,7 +105,7 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
         over those of the dense arm of the same active FLOPs, where both were timed)}]}.
 
     Raises:
-        UsageError: a device or precision that is not there.
+        UsageError: a device, precision or capture that is not there.
     """
     keep_compiled_code()
     device = resolve_device(settings.device)
@@ -116,6 +116,7 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
     rows: list[dict[str, Any]] = []
     for size in sizes:
         runs = {arm: _run(size, arm, settings) for arm in settings.arms}
+        check_capture(next(iter(runs.values())).training, device)
         training = _training(list(runs.values()), settings, device, dtype)
         for arm, run in runs.items():
             for backend in settings.backends if run.model.moe is not None else (None,):
