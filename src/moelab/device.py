@@ -139,9 +139,13 @@ def peak_memory(device: torch.device) -> int | None:
     return None
 
 
+CGROUP = Path("/sys/fs/cgroup")
+LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # v2, v1
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that a run can allocate: on CUDA what is free, and what PyTorch holds of it already without using it; on
-    Linux CPUs what the kernel deems available; None where it is not known."""
+    Linux CPUs what the kernel deems available, and a container's limit leaves; None where it is not known."""
     if device.type == "cuda":
         gc.collect()  # an earlier run's tensors may be in cycles
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -149,10 +153,20 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cpu":
         try:
             lines = Path("/proc/meminfo").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         except (OSError, StopIteration):
             return None
+        return min([free, *_left_to_a_container()])
     return None
+
+
+def _left_to_a_container() -> list[int]:
+    """Bytes under each limit that this process's control group has; the files it may have read count as used."""
+    left = []
+    for limit, usage in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            left.append(int((CGROUP / limit).read_text()) - int((CGROUP / usage).read_text()))
+    return left
 
 
 def keep_freed_memory() -> None:

@@ -311,6 +311,27 @@ def test_a_model_that_the_device_does_not_hold_is_refused_before_there_is_a_run(
         assert not (out / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "5000\n", "memory.current": "2000\n"}, 3000),
+        ({"memory/memory.limit_in_bytes": "7000", "memory/memory.usage_in_bytes": "1000"}, 6000),
+        ({"memory.max": "max\n", "memory.current": "2000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_counts(
+    files: dict[str, str], left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("moelab.device.CGROUP", tmp_path)
+    found = available_memory(torch.device("cpu"))
+    assert found is not None
+    assert found == left if left is not None else found > 2**20
+
+
 WAYS = {
     "captured": {"capture": "on"},
     "captured, recomputed": {"capture": "on", "checkpoint_activations": True},
