@@ -123,6 +123,7 @@ def test_the_timed_layer_is_the_models_own() -> None:
         ({"top_k": 9}, "top-k = 9: give 1 to 4"),
         ({"widths": ()}, r"widths = \(\): give one or more"),
         ({"tokens": 0}, "tokens = 0: give 1 or more"),
+        ({"multiple": math.inf}, "multiple = inf: give more than 0"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -> None:

@@ -73,7 +73,7 @@ class LayerBench:
         for name in ("experts", "top_k", "rounds", "steps"):
             require(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "give 1 or more")
         require(self.top_k <= self.experts, "top-k", self.top_k, f"give 1 to {self.experts}, the number of experts")
-        require(self.multiple > 0, "multiple", self.multiple, "give more than 0")
+        require(0 < self.multiple < math.inf, "multiple", self.multiple, "give more than 0")
         require(bool(self.widths) and min(self.widths) >= 1, "widths", self.widths, "give one or more, each 1 or more")
         require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "give 1 or more")
         _skew(self.routing)
