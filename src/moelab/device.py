@@ -48,7 +48,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `--device` names; raises `UsageError` if it is not there."""
+    """The device that `--device` names, made PyTorch's current one; raises `UsageError` if it is not there."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -61,6 +61,7 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise UsageError(f"device = {name}: PyTorch sees {count} CUDA devices here; give auto or cpu")
+        torch.cuda.set_device(device.index or 0)  # where kernels that are launched without a tensor's guard run
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError(f"device = {name}: not available here; give auto or cpu")
@@ -194,8 +195,11 @@ def keep_compiled_code() -> None:
     for file in sorted(file for folder in ("experts", "model") for file in (here / folder).glob("*.py")):
         source.update(file.read_bytes())
     folder = moelab_home() / "compiled" / source.hexdigest()[:16]
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        os.environ.setdefault(variable, str(folder / name))
+    with contextlib.suppress(OSError):  # where nothing can be written the compilers keep to their own folders
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+                os.environ.setdefault(variable, str(folder / name))
     settings, ours_too = (
         importlib.import_module("torch._functorch.config"),
         "autograd_cache_allow_custom_autograd_functions",

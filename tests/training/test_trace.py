@@ -61,3 +61,16 @@ def test_compiled_code_is_kept_under_the_home_unless_the_user_names_a_folder(
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
     assert Path(os.environ["TRITON_CACHE_DIR"]).is_relative_to(home / "compiled")
+
+
+def test_a_home_that_cannot_be_written_leaves_the_compilers_folders_as_they_are(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "compiled").write_text("not a folder")
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "TRITON_CACHE_DIR" not in os.environ
