@@ -26,6 +26,7 @@ from moelab.training.batches import Batches
 from moelab.training.memory import (
     FILL,
     Memory,
+    _splits,
     gib,
     memory_in_words,
     split_as,
@@ -309,6 +310,13 @@ def test_a_model_that_the_device_does_not_hold_is_refused_before_there_is_a_run(
         (line,) = capsys.readouterr().err.splitlines()
         assert "memory = 0.0 GiB free on cpu: smoke dense needs " in line
         assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("sequences", [1, 12, 32, 36, 97, 10_007 * 10_009])
+def test_a_steps_sequences_are_cut_in_every_way_that_is_even_the_largest_first(sequences: int) -> None:
+    whole, most = TrainingConfig(batch_size=sequences, accumulation=1), sequences // 2
+    by_hand = [10_009, 10_007, 1] if sequences > 100 else [n for n in range(most, 0, -1) if sequences % n == 0]
+    assert [split.batch_size for split in _splits(whole, most)] == by_hand
 
 
 @pytest.mark.parametrize(

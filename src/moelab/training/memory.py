@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -210,8 +211,9 @@ def split_step(
 def _splits(training: TrainingConfig, most: int) -> Iterator[TrainingConfig]:
     """The same sequences of a step in micro-batches of at most `most`, the largest first."""
     sequences = training.batch_size * training.accumulation
-    for size in range(min(most, sequences), 0, -1):
-        if sequences % size == 0:
+    small = [size for size in range(1, math.isqrt(sequences) + 1) if sequences % size == 0]
+    for size in sorted({*small, *(sequences // size for size in small)}, reverse=True):
+        if size <= most:
             yield replace(training, batch_size=size, accumulation=sequences // size)
 
 
