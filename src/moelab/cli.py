@@ -215,7 +215,7 @@ def train(arguments: list[str]) -> None:
         print(f"moelab: {flags.arm}: {match}", file=sys.stderr)
     out = flags.out or Path({"dense": "out-baseline"}.get(flags.arm, f"out-{flags.arm}"))
     if flags.resume and (out / "config.json").exists():
-        run = resumed_config(out, run, default)
+        run = resumed_config(out, run, default, arguments)
         if _gives_batch(arguments):  # as it was given, even where that is the preset's
             asked = flags.training
             training = replace(run.training, batch_size=asked.batch_size, accumulation=asked.accumulation)
@@ -471,23 +471,24 @@ def run_config(flags: TrainFlags) -> RunConfig:
     return RunConfig(flags.preset, flags.arm, model, flags.data, flags.training, flags.upcycling)
 
 
-def resumed_config(out: Path, given: RunConfig, default: RunConfig) -> RunConfig:
+def resumed_config(out: Path, given: RunConfig, default: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Settings to go on with: those that the run in `out` has, wherever the command line says nothing.
 
-    A flag that is left at its default says nothing. One that says something else than the run has is kept, for
-    `training.train` to refuse.
+    What it says is kept, even where that is the default, for `training.train` to refuse what differs.
     """
     from moelab.training.loop import stored_run
 
     stored = stored_run(out)
-    merged = _merge(asdict(stored), asdict(given), asdict(default))
+    merged = _merge(asdict(stored), asdict(given), asdict(default), arguments)
     return RunConfig.from_json(json.dumps(merged, default=str))
 
 
-def _merge(stored: Any, given: Any, default: Any) -> Any:
+def _merge(stored: Any, given: Any, default: Any, arguments: Sequence[str], name: str = "") -> Any:
     if isinstance(stored, dict) and isinstance(given, dict) and isinstance(default, dict):
-        return {name: _merge(stored.get(name), given[name], default.get(name)) for name in given}
-    return stored if given == default else given
+        return {key: _merge(stored.get(key), given[key], default.get(key), arguments, key) for key in given}
+    flag = name.replace("_", "-")
+    said = given != default or _gives(arguments, f"--{flag}") or _gives(arguments, f"--no-{flag}")
+    return given if said else stored
 
 
 def parse(kind: type[Parsed], command: str, arguments: Sequence[str], default: Parsed | None = None) -> Parsed:

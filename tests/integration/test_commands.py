@@ -77,6 +77,13 @@ def test_a_flag_that_the_run_was_not_made_with_is_refused_on_resume(
     assert "width = 64: the run that is there has 16" in capsys.readouterr().err
 
 
+def test_a_flag_that_says_the_presets_default_is_said_on_resume_too(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert moelab("train", "smoke", "--arm", "moe", "--out", trained, "--resume", "--steps", 300) == 2
+    assert "steps = 300: the run that is there has 6" in capsys.readouterr().err
+
+
 def test_resume_keeps_the_micro_batch_that_the_memory_decided_and_refuses_another(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
