@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +135,37 @@ def test_a_line_of_metrics_that_was_half_written_is_left_out_on_resume(tiny_run:
     (folder / "metrics.jsonl").write_text(whole + '{"step": 5, "tok')
     assert train(run, folder, resume=True)["val_loss"] == summary["val_loss"]
     assert (folder / "metrics.jsonl").read_text() == whole
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_in(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = tiny_run(precision="auto"), tmp_path / "run"
+    monkeypatch.setattr("moelab.device.cpu_has_bf16", lambda: True)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted):
+            train(run, folder)
+    monkeypatch.setattr("moelab.device.cpu_has_bf16", lambda: False)
+    with pytest.raises(UsageError, match=r"trained in bfloat16, and on cpu this is float32; give --precision bf16"):
+        train(run, folder, resume=True)
+    asked = replace(run, training=replace(run.training, precision="bf16"))
+    assert train(asked, folder, resume=True)["environment"]["precision"] == "bfloat16"
+
+
+def test_two_processes_do_not_train_in_one_folder(tiny_run: MakeRun, tmp_path: Path) -> None:
+    hold = (
+        "import sys, filelock; l = filelock.FileLock(sys.argv[1]); l.acquire(); print(1, flush=True); sys.stdin.read()"
+    )
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UsageError, match="run: another process is training there; wait, or choose another --out"):
+            train(tiny_run(), tmp_path / "run")
+        other.communicate("")
+    assert train(tiny_run(), tmp_path / "run")["finished"]
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0(tiny_run: MakeRun, tmp_path: Path) -> None:

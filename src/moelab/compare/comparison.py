@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from moelab.compare.plan import Comparison, PlannedRun
@@ -25,6 +24,7 @@ from moelab.training.checkpoint import load
 from moelab.training.loop import (
     Diverged,
     Interrupted,
+    claimed,
     finished_summary,
     first_difference,
     padded_vocabulary,
@@ -52,24 +52,8 @@ def run_comparison(comparison: Comparison, folder: Path, command: str = "", cons
         Interrupted: Ctrl-C or SIGTERM. What is finished is kept, and the run under way has its checkpoint.
     """
     console = console or Console()
-    lock = _claimed(folder)
-    try:
+    with claimed(folder, "comparing"):
         return _run(comparison, folder, command, console)
-    finally:
-        lock.release()
-
-
-def _claimed(folder: Path) -> FileLock:
-    """Makes the folder and holds it, against other processes, until the lock is released."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UsageError(f"out = {folder}: another process is comparing there; wait, or choose another --out") from None
-    except OSError as problem:
-        raise UsageError(f"out = {folder}: cannot be written ({problem.strerror}); choose another folder") from None
-    return lock
 
 
 def _run(comparison: Comparison, folder: Path, command: str, console: Console) -> Path:

@@ -46,6 +46,8 @@ class Progress:
     """`batches.chain_digest` of every batch so far."""
     loss_scale: dict[str, Any] | None = None
     """State of fp16's loss scaling."""
+    precision: str | None = None
+    """PyTorch's name of the products' dtype; None in a checkpoint that is older than this."""
 
 
 class Corrupt(Exception):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -99,10 +100,19 @@ def train(
     keep_compiled_code()
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
-    chosen = backend_of(run.model, device, dtype, run.training.deterministic) if run.model.moe is not None else None
+    if run.model.moe is not None:
+        backend_of(run.model, device, dtype, run.training.deterministic)
     check_optimizer_state(run.training.optimizer_state)
     check_capture(run.training, device)
-    _claim(folder, resume)
+    with claimed(folder, "training"):
+        return _train(run, folder, device, dtype, resume, profile, command, console)
+
+
+def _train(
+    run: RunConfig, folder: Path, device: torch.device, dtype: torch.dtype, resume: bool, profile: bool, command: str,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    _refuse_another(folder, resume)
     text = prepare(run.data)
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
     if resume and (folder / "config.json").exists():
@@ -113,7 +123,8 @@ def train(
         if summary := finished_summary(folder):
             console.print(f"{folder}: this run is finished; nothing to do", soft_wrap=True)
             return summary
-    if chosen is not None:
+    if run.model.moe is not None:
+        chosen = backend_of(run.model, device, dtype, run.training.deterministic)
         announce(chosen, lambda line: console.print(line, soft_wrap=True, highlight=False))
     given, run = run.training, replace(run, training=split_step([run], device, dtype))
     if given.auto_batch:
@@ -151,7 +162,10 @@ def first_difference(stored: RunConfig, wanted: RunConfig) -> str | None:
     """The first setting in which two runs differ, in words; None if one can go on as the other."""
     left, right = _leaves(dataclasses.asdict(stored)), _leaves(dataclasses.asdict(wanted))
     for name in left | right:
-        if name in MAY_DIFFER or left.get(name) == right.get(name):
+        values = left.get(name), right.get(name)
+        if name in MAY_DIFFER or values[0] == values[1]:
+            continue
+        if name == "training.precision" and "auto" in values:  # a checkpoint has which it was
             continue
         setting = name.rsplit(".", 1)[-1].replace("_", "-")
         return f"{setting} = {right.get(name)}: the run that is there has {left.get(name)}"
@@ -165,15 +179,25 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _claim(folder: Path, resume: bool) -> None:
-    """Makes the folder, and refuses one that cannot be written or that holds something which would be lost."""
+@contextlib.contextmanager
+def claimed(folder: Path, doing: str) -> Iterator[None]:
+    """Makes the folder and holds it against other processes. Raises `UsageError` where it cannot."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f"out = {folder}: another process is {doing} there; wait, or choose another --out") from None
     except OSError as problem:
         raise UsageError(f"out = {folder}: cannot be written ({problem.strerror}); choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_another(folder: Path, resume: bool) -> None:
+    """Refuses a folder that holds something which would be lost."""
     if not resume and ((folder / "config.json").exists() or has_checkpoint(folder)):
         raise UsageError(f"out = {folder}: there is a run here already; add --resume to go on, or choose another --out")
 
@@ -208,7 +232,7 @@ class Trainer:
         self.tokens_per_step = self.batches.sequences_per_step * model.context
         self.flops_per_token = flops_per_token(model)
         self.peak_flops = peak_flops(device, dtype)
-        self.progress = Progress()
+        self.progress = Progress(precision=str(dtype).removeprefix("torch."))
         self.score: Score | None = None
         self.last_line: dict[str, Any] = {}
         self.stop = threading.Event()
@@ -229,7 +253,8 @@ class Trainer:
             for line in said:
                 self.console.print(line, soft_wrap=True)
             if progress is not None:
-                self.progress = progress
+                self._check_precision(progress)
+                self.progress = replace(progress, precision=self.progress.precision)
                 self.step.go_on_from(progress)
                 self.console.print(f"going on from step {progress.step:,} of {self.config.training.steps:,}")
         upcycling = self.config.upcycling.upcycle is not None and self.progress.step == 0
@@ -239,6 +264,16 @@ class Trainer:
         self._keep_metrics_until(self.progress.step or -1)  # before the first step there is only an earlier start's
         if start is not None:
             self._log_start(start)
+
+    def _check_precision(self, progress: Progress) -> None:
+        """Raises `UsageError` where "auto" is another precision here than it was where the run began."""
+        before, now = progress.precision, str(self.dtype).removeprefix("torch.")
+        if before is not None and before != now:
+            flag = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[before]
+            raise UsageError(
+                f"precision = {self.config.training.precision}: the run that is there was trained in {before}, and on "
+                f"{self.device.type} this is {now}; give --precision {flag}, or another --out"
+            )
 
     def run(self, profile: bool = False) -> None:
         """Trains to the last step."""
@@ -351,6 +386,9 @@ class Trainer:
             # Loss scaling meets gradients that are not finite on purpose, and skips their step.
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.step.scaler.is_enabled()):
                 self._fail(step, "loss" if not math.isfinite(loss) else "gradient")
+        scaler = self.step.scaler
+        if scaler.is_enabled() and not math.isfinite(norms[-1]) and scaler.get_scale() < 1:
+            self._fail(self.progress.step, "gradient")  # however small the scale
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
