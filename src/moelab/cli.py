@@ -416,6 +416,8 @@ def _timed(
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
     if flags.picture:
         draw(results, flags.picture)
+    if results.get("stopped"):
+        raise KeyboardInterrupt
 
 
 def info(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from moelab.bench import parts as parts_module
+from moelab.bench import step as step_module
 from moelab.bench.parts import PARTS, TimedStep
 from moelab.bench.step import StepBench, bench_step
 from moelab.bench.step_report import draw_step, print_step
@@ -112,6 +113,35 @@ def test_a_backend_that_cannot_be_used_gets_a_row_with_the_reason() -> None:
     assert row["reason"].startswith("backend = cuda: needs")
 
 
+def test_an_arm_that_cannot_be_made_or_fails_leaves_the_others_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bench_step(replace(SMALL, arms=("moe-matched", "dense"), experts=4, top_k=3))
+    matched, dense = found["rows"]
+    assert "top-k = 3: moe-matched needs a top-k that divides the hidden size 512" in matched["reason"]
+    assert dense["ms"] > 0
+
+    def fail(*_: object) -> None:
+        raise ValueError("a compiler that does not know the device")
+
+    monkeypatch.setattr("moelab.bench.step._timed", fail)
+    (row,) = bench_step(replace(SMALL, arms=("dense",)))["rows"]
+    assert row["reason"] == "failed (a compiler that does not know the device)"
+
+
+def test_what_was_timed_before_ctrl_c_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    measured, calls = step_module._measured, iter([False, True])
+    monkeypatch.setattr(step_module, "_measured", lambda *given: stop() if next(calls) else measured(*given))
+    words = "bench step --sizes smoke --arms dense dense-wide --sequences 1 --rounds 1 --steps 1 --device cpu".split()
+    assert main([*words, "--json", str(tmp_path / "a.json")]) == 130
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row.get("reason") for row in rows] == [None, "stopped"]
+    assert "dense-wide: no time: stopped" in capsys.readouterr().out
+
+
 def test_what_has_no_memory_for_its_parts_keeps_its_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -141,6 +171,7 @@ def test_the_tables_fit_a_terminal_and_say_what_was_timed(
     assert "1.23M" in out
     assert "350m moe triton: no time: not enough memory" in out
     assert "2 sequences a step, E = 8, K = 2" in out
+    assert "compiled each by itself" in " ".join(out.split())
     draw_step(shown, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 

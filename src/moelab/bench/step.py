@@ -97,12 +97,13 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
     """Times the steps; returns what was measured and on what.
 
     Returns:
-        {"environment", "date", "settings", "peak_flops", "rows": [{"size", "arm", "backend" (None without experts),
-        and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens" (of a step), "parameters",
-        "active_parameters", "flops_per_token", "ms", "tokens_per_second", "mfu", "peak_bytes" (None on a CPU),
-        "first_seconds" (to compile and capture), "captured", "idle" (share of the time in which no kernel ran; None on
-        a CPU), "parts" ({part: share of the time}; None where the memory was too small), "twin" and "ratio" (tokens/s
-        over those of the dense arm of the same active FLOPs, where both were timed)}]}.
+        {"environment", "date", "settings", "peak_flops", "stopped" (by Ctrl-C), "rows": [{"size", "arm", "backend"
+        (None without experts), and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens" (of a
+        step), "parameters", "active_parameters", "flops_per_token", "ms" (the median of "rounds_ms"),
+        "tokens_per_second", "mfu", "peak_bytes" (None on a CPU), "first_seconds" (to compile and capture), "captured",
+        "idle" (share of the time in which no kernel ran; None on a CPU), "parts" ({part: share of the time}; None where
+        they could not be had), "twin" and "ratio" (tokens/s over those of the dense arm of the same active FLOPs, where
+        both were timed)}]}.
 
     Raises:
         UsageError: a device, precision or capture that is not there.
@@ -112,27 +113,16 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
     dtype = compute_dtype(settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
+    check_capture(_training_asked("smoke", settings), device)
     sizes = settings.sizes or (("5m", "40m", "124m", "350m") if device.type == "cuda" else ("smoke",))
     rows: list[dict[str, Any]] = []
-    for size in sizes:
-        runs = {arm: _run(size, arm, settings) for arm in settings.arms}
-        check_capture(next(iter(runs.values())).training, device)
-        training = _training(list(runs.values()), settings, device, dtype)
-        for arm, run in runs.items():
-            for backend in settings.backends if run.model.moe is not None else (None,):
-                say(f"{size} {arm}{f', backend {backend}' if backend else ''}")
-                row: dict[str, Any] = {"size": size, "arm": arm, "backend": backend}
-                rows.append(row)
-                if isinstance(training, str):
-                    row["reason"] = training
-                    continue
-                try:
-                    row |= _measured(_with_backend(run.model, backend), training, settings, device, dtype)
-                except (UsageError, RunFailed) as refused:
-                    row["reason"] = str(refused)
-                except torch.OutOfMemoryError as problem:
-                    row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
-                _forget(device)
+    stopped = False
+    try:
+        for size in sizes:
+            _size(size, settings, device, dtype, rows, say)
+    except KeyboardInterrupt:  # what was timed is not lost
+        stopped = True
+        rows[-1:] = [{**rows[-1], "reason": "stopped"}] if rows and "ms" not in rows[-1] else rows[-1:]
     for row in rows:
         twins = [r for r in rows if (r["size"], r["arm"]) == (row["size"], TWINS.get(row["arm"])) and "ms" in r]
         if "ms" in row and twins:
@@ -142,17 +132,54 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
         "date": datetime.now(UTC).date().isoformat(),
         "settings": asdict(settings),
         "peak_flops": peak_flops(device, dtype),
+        "stopped": stopped,
         "rows": rows,
     }
+
+
+def _size(
+    size: str, settings: StepBench, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]],
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Adds the rows of one size."""
+    runs: dict[str, RunConfig | str] = {}
+    for arm in settings.arms:
+        try:
+            runs[arm] = _run(size, arm, settings)
+        except UsageError as refused:  # as moe-matched where K does not divide the hidden size
+            runs[arm] = str(refused)
+    training = _training([run for run in runs.values() if isinstance(run, RunConfig)], settings, device, dtype)
+    for arm, run in runs.items():
+        has_experts = isinstance(run, RunConfig) and run.model.moe is not None
+        for backend in settings.backends if has_experts else (None,):
+            say(f"{size} {arm}{f', backend {backend}' if backend else ''}")
+            row: dict[str, Any] = {"size": size, "arm": arm, "backend": backend}
+            rows.append(row)
+            if isinstance(run, str) or isinstance(training, str):
+                row["reason"] = run if isinstance(run, str) else training
+                continue
+            try:
+                row |= _measured(_with_backend(run.model, backend), training, settings, device, dtype)
+            except (UsageError, RunFailed) as refused:
+                row["reason"] = str(refused)
+            except torch.OutOfMemoryError as problem:
+                row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
+            except Exception as problem:  # of a kernel or a compiler on a device that it does not know
+                row["reason"] = f"failed ({(str(problem).strip() or type(problem).__name__).splitlines()[0]})"
+            _forget(device)
 
 
 def _run(size: str, arm: str, settings: StepBench) -> RunConfig:
     chosen = PRESETS[size]
     model = replace(chosen.model, vocabulary=VOCABULARY)
     moe = replace(chosen.moe, experts=settings.experts, top_k=settings.top_k)
+    return RunConfig(size, arm, arm_model(arm, model, moe), chosen.data, _training_asked(size, settings))
+
+
+def _training_asked(size: str, settings: StepBench) -> TrainingConfig:
     batch_size = settings.batch_size or settings.sequences
-    training = replace(
-        chosen.training,
+    return replace(
+        PRESETS[size].training,
         batch_size=batch_size,
         accumulation=settings.sequences // batch_size,
         auto_batch=settings.batch_size is None,
@@ -161,7 +188,6 @@ def _run(size: str, arm: str, settings: StepBench) -> RunConfig:
         capture=settings.capture,
         device=settings.device,
     )
-    return RunConfig(size, arm, arm_model(arm, model, moe), chosen.data, training)
 
 
 def _training(
@@ -169,6 +195,8 @@ def _training(
 ) -> TrainingConfig | str:
     """How all arms of a size are trained, with one micro-batch; or why they cannot be."""
     steps = WARM_STEPS + settings.rounds * settings.steps + settings.steps + 1  # and those that are profiled
+    if not runs:
+        return "no arm of this size can be made"
     try:
         return replace(split_step(runs, device, dtype), steps=steps, log_interval=steps)
     except UsageError as refused:
@@ -195,10 +223,10 @@ def _measured(
     of_step = sequences * config.context
     counts, flops, ms = count_parameters(config), flops_per_token(config), statistics.median(seconds) * 1e3
     idle = None if busy is None else max(0.0, 1 - busy / ms)
-    try:  # the halves compiled apart take more memory
+    try:
         timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
         shares = timed.parts(batches.windows(0).to(device))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, RunFailed, UsageError):  # halves compiled apart take more memory, and are other programs
         shares = None
     return row | {
         "tokens": of_step,
@@ -206,6 +234,7 @@ def _measured(
         "active_parameters": counts.active,
         "flops_per_token": flops,
         "ms": ms,
+        "rounds_ms": [second * 1e3 for second in seconds],
         "tokens_per_second": of_step / ms * 1e3,
         "mfu": model_flops_utilization(of_step / ms * 1e3, flops, peak_flops(device, dtype)),
         "idle": idle,

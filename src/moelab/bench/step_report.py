@@ -24,13 +24,13 @@ def print_step(results: dict[str, Any], console: Console) -> None:
     """Two tables, a row each size, arm and backend; below, what could not be timed and why, and what columns are."""
     timed = [row for row in results["rows"] if "ms" in row]
     speed = {
-        "ms": lambda row: _ms(row["ms"]),
+        "ms": lambda row: _ms(row["ms"]) + ("*" if _unsteady(row) else ""),
         "tokens\n/s": lambda row: _rate(row["tokens_per_second"]),
         "MFU": lambda row: _percent(row["mfu"]),
         "÷\ntwin": lambda row: f"{row['ratio']:.2f}" if "ratio" in row else "",
         "GiB": lambda row: f"{row['peak_bytes'] / 2**30:.1f}" if row["peak_bytes"] else DASH,
         "batch": lambda row: f"{row['batch_size']}×{row['accumulation']}",
-        "first\ns": lambda row: f"{row['first_seconds']:.0f}",
+        "1st\ns": lambda row: f"{row['first_seconds']:.0f}",
     }
     console.print(_table(timed, speed))
     parts = {HEADINGS.get(name, name): functools.partial(_part, name) for name in PARTS}
@@ -42,6 +42,7 @@ def print_step(results: dict[str, Any], console: Console) -> None:
     settings, environment, peak = results["settings"], results["environment"], results["peak_flops"]
     stated = f"{peak / 1e12:,.0f} TFLOP/s" if peak else "a peak that is not known"
     launched = {row["captured"] for row in timed}
+    unsteady = any(_unsteady(row) for row in timed)
     how = (
         "captured as CUDA graphs" if launched == {True} else "not captured" if launched == {False} else "some captured"
     )
@@ -50,10 +51,16 @@ def print_step(results: dict[str, Any], console: Console) -> None:
         f"{environment['precision']}, on {environment['device']}, {how}; medians of {settings['rounds']} rounds of "
         f"{settings['steps']} steps. MFU: tokens/s · (6·P + 12·L·C·D), P active weights in products, over {stated}. "
         "÷ twin: of moe, tokens/s over dense-wide's; of moe-matched, over dense's, which have the same active FLOPs. "
-        "batch: micro-batch × accumulation. first s: compiling and capturing. experts: a dense model's feed-forward "
-        "too; norms are with what they stand before. other: embedding, clipping and the rest. idle: no kernel ran.",
+        "batch: micro-batch × accumulation. 1st s: compiling and capturing. experts: a dense model's feed-forward "
+        "too; norms are with what they stand before. other: embedding, clipping and the rest. idle: no kernel ran. "
+        "Shares are those of a step whose halves of the blocks are compiled each by itself."
+        + (" * Rounds differ by more than a tenth: something else disturbed the device." if unsteady else ""),
         style="dim", highlight=False,
     )  # fmt: skip
+
+
+def _unsteady(row: dict[str, Any]) -> bool:
+    return bool(max(row["rounds_ms"]) > 1.1 * min(row["rounds_ms"]))
 
 
 def _table(rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> Table:
@@ -127,6 +134,9 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
             axes.grid(visible=False, axis="y")
         if sizes:
             environment = results["environment"]
-            axes.set_xlabel(f"ms a step, and tokens/s\n{environment['device']}, {environment['precision']}")
+            axes.set_xlabel(
+                "ms a step, and tokens/s; its parts as in a step compiled in parts\n"
+                f"{environment['device']}, {environment['precision']}"
+            )
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=200)
