@@ -41,6 +41,18 @@ def balance_gradient(model: GPT, micro_batches: list[torch.Tensor]) -> tuple[tor
     return gradient, bias
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_no_bias_moves_in_a_step_that_the_optimizer_passes_over(made: bool) -> None:
+    model = gpt("step")
+    balancer, out = Balancer(model), model(ids(2), ids(2))
+    balancer.add(out.expert_counts)
+    balancer.step(torch.tensor(made))
+    bias = model.routers[0].selection_bias
+    assert bias is not None
+    assert bool(bias.any()) == made
+    assert not model.routers[0].seen.any()
+
+
 def test_the_step_scope_counts_the_step_so_far_and_starts_anew_with_the_next() -> None:
     model = gpt("step")
     balancer = Balancer(model)

@@ -30,11 +30,11 @@ class Balancer:
             for seen, count in zip(self.seen, total, strict=False):
                 seen += count
 
-    def step(self) -> None:
-        """Ends an optimizer step."""
+    def step(self, made: torch.Tensor | None = None) -> None:
+        """Ends an optimizer step; no bias moves where `made`, () bool, says that the optimizer passed over it."""
         if self.biases and self.counts is not None:
             for bias, change in zip(self.biases, bias_step(self.counts, self.rate), strict=True):
-                bias += change
+                bias += change if made is None else change * made
         for seen in self.seen:
             seen.zero_()
         self.counts = None

@@ -166,7 +166,7 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.balancer.step()
+        self.balancer.step(norm.isfinite() if self.scaler.is_enabled() else None)
         self.window.end_step(loss, norm)
         self.done += 1
 
