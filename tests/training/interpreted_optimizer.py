@@ -20,4 +20,5 @@ def test_the_kernel_does_as_the_operators(size: int, betas: tuple[float, float])
     update_by_operators(*other, *rest)
     torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
     for left, right in zip(one[2:], other[2:], strict=True):
-        torch.testing.assert_close(left, right, rtol=1 / 100, atol=1e-30)  # the interpreter cuts bf16 off
+        torch.testing.assert_close(left, right, rtol=1 / 100, atol=1e-30)  # where a product was fused
+        assert (left == right).float().mean() > 0.99  # the same chance

@@ -18,6 +18,8 @@ from moelab.training.optimizer import (
     make_optimizer,
     parts,
     rehearse,
+    rounded,
+    scattered,
     update_by_kernel,
     update_by_operators,
 )
@@ -116,6 +118,36 @@ def test_a_state_takes_the_bytes_that_it_promises(state: str) -> None:
     assert taken <= {"fp32": 8, "bf16": 4, "8bit": 2.1}[state] * model.weight.numel()
 
 
+@pytest.mark.parametrize("beta", [0.9, 0.95, 0.98, 0.99])
+def test_moments_in_bf16_come_to_what_they_are_of_on_average(beta: float) -> None:
+    """Rounded to the nearest the mean square would end at 0.98, 0.96, 0.91 and 0.80."""
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = AdamWBf16([{"params": [p], "weight_decay": 0.0}], 0.0, (beta, beta), 1e-8)
+    for _ in range(1000):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        value = optimizer.state[p][moment].float()
+        assert value.mean().item() == pytest.approx(1, abs=2e-3)
+        assert value.std().item() < 0.02
+
+
+def test_rounding_by_chance_takes_a_neighbour_in_proportion() -> None:
+    x = torch.tensor([1.0, -1.0, 1 + 1 / 512, 3e-39, 0.0]).repeat_interleave(65_536)
+    found = rounded(x, torch.arange(65_536).repeat(5)).float().view(5, -1)
+    assert found[[0, 1, 4]].equal(x.view(5, -1)[[0, 1, 4]])  # what bf16 holds stays
+    assert set(found[2].tolist()) == {1.0, 1 + 1 / 128}
+    assert found[2].double().mean().item() == pytest.approx(1 + 1 / 512, abs=1e-6)
+    assert not rounded(torch.tensor([math.inf, -math.inf]), torch.tensor([65_535, 65_535])).isfinite().any()
+
+
+def test_the_hash_is_even_over_its_bits() -> None:
+    values = scattered(torch.arange(100_000))
+    assert len(set(values.tolist())) == 100_000
+    for bit in range(32):
+        assert ((values >> bit) & 1).float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
 def test_bf16_state_is_the_formula_with_rounded_moments() -> None:
     beta1, beta2, rate, decay = 0.9, 0.95, 0.02, 0.1
     g = torch.Generator().manual_seed(0)
@@ -131,7 +163,10 @@ def test_bf16_state_is_the_formula_with_rounded_moments() -> None:
         square = beta2 * square + (1 - beta2) * grad.double() ** 2
         right = right * (1 - rate * decay)
         right -= rate * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + 1e-8)
-        mean, square = (t.float().bfloat16().double() for t in (mean, square))
+        state = optimizer.state[mine]
+        for kept, exact in ((state["exp_avg"], mean), (state["exp_avg_sq"], square)):
+            assert ((kept.double() - exact).abs() <= exact.abs() / 127).all()  # one of the two neighbours
+        mean, square = state["exp_avg"].double(), state["exp_avg_sq"].double()
         torch.testing.assert_close(mine.detach().double(), right, rtol=1e-5, atol=2e-4)  # a moment on the other side
 
 

@@ -112,11 +112,14 @@ def _adamw_fp32(groups: list[dict[str, Any]], settings: dict[str, Any], device: 
 
 
 class AdamWBf16(torch.optim.Optimizer):
-    """AdamW of fp32 parameters whose mean and mean square of the gradient are kept in bf16, rounded to the nearest.
+    """AdamW of fp32 parameters whose mean and mean square of the gradient are kept in bf16.
 
-    A step computes in fp32 from them, and its update uses the new ones before they are rounded. On GPUs it is one
-    kernel a parameter. The count of steps, and a learning rate that is a tensor, stay on the device: a step can be
-    captured in a CUDA graph.
+    A step computes in fp32 from them, and its update uses the new ones before they are rounded: up or down by chance,
+    in proportion, since what is rounded to the nearest loses changes of less than half a unit for ever (Gupta et al.
+    2015, section 3.2). The chance is a hash of the step and of the number's place, the same in every run.
+
+    On GPUs it is one kernel a parameter. The count of steps, and a learning rate that is a tensor, stay on the device:
+    a step can be captured in a CUDA graph.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -151,10 +154,28 @@ def update_by_operators(
     """One step of fp32 p in place, from fp32 grad and the bf16 moments, which move too; step counts from 1."""
     mean = exp_avg.float().lerp_(grad, 1 - beta1)
     square = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
+    place = torch.arange(p.numel(), device=p.device).view_as(p)
+    chance = scattered((place + step.long() * 0x9E3779B9) & MASK)
+    exp_avg.copy_(rounded(mean, chance & 0xFFFF))
+    exp_avg_sq.copy_(rounded(square, chance >> 16))
     p.mul_(1 - rate * decay)
     p.sub_(rate / (1 - beta1**step) * mean / (square.sqrt_() / (1 - beta2**step).sqrt() + epsilon))
+
+
+MASK = 0xFFFFFFFF
+
+
+def scattered(x: torch.Tensor) -> torch.Tensor:
+    """A hash of 32 bits, in int64: lowbias32 (Wellons 2018, "Prospecting for Hash Functions")."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def rounded(x: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """fp32 → bf16, up with the probability of the part that is cut off, where `chance` is uniform from 0 to 65,535."""
+    bits = x.contiguous().view(torch.int32) + chance.to(torch.int32)
+    return (bits & -0x10000).view(torch.float32).bfloat16()
 
 
 def update_by_kernel(

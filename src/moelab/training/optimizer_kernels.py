@@ -23,5 +23,21 @@ def adamw(
     unbiased = lr / (1 - tl.exp(steps * tl.log(beta1)))
     root = tl.sqrt(square) / tl.sqrt(1 - tl.exp(steps * tl.log(beta2)))
     tl.store(p + at, old * (1 - lr * decay) - unbiased * mean / (root + epsilon), mask=inside)
-    tl.store(exp_avg + at, mean.to(tl.bfloat16), mask=inside)
-    tl.store(exp_avg_sq + at, square.to(tl.bfloat16), mask=inside)
+    chance = scattered(at.to(tl.uint32) + steps.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
+    tl.store(exp_avg + at, rounded(mean, chance & 0xFFFF), mask=inside)
+    tl.store(exp_avg_sq + at, rounded(square, chance >> 16), mask=inside)
+
+
+@triton.jit
+def scattered(x):
+    """uint32 → uint32, `optimizer.scattered`."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounded(x, chance):
+    """fp32 → bf16, `optimizer.rounded`."""
+    bits = x.to(tl.uint32, bitcast=True) + chance
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
