@@ -7,10 +7,12 @@ import re
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from emulated_gpu import EmulatedLaunch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.config import UsageError
 from moelab.experts import cuda, nvrtc, reference
@@ -248,6 +250,26 @@ def test_a_nan_in_one_token_stays_in_that_token_and_an_idle_expert_has_gradient_
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_cpu")
+def test_a_backward_pass_makes_no_gradient_of_what_is_only_kept_for_it() -> None:
+    """Zeros of z's size cost a GPU as much as a pass over it."""
+
+    class Made(TorchDispatchMode):
+        sizes: ClassVar[list[int]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if "zeros" in str(func):
+                self.sizes.append(out.numel())
+            return out
+
+    leaves, indices = drawn((20, 16, 24, 4, 2), "gelu", False, torch.float32)
+    with Made():
+        torch.zeros(3)
+        results(cuda.expert_mlp, leaves, indices, "gelu", torch.float32)
+    assert Made.sizes == [3]
+
+
 def test_the_operators_fit_their_fake_kernels_and_trace_into_one_graph() -> None:
     leaves, indices = drawn((10, 16, 24, 3, 2), "swiglu", True, torch.float32)
     indices.clamp_(min=0)  # rows of dropped slots are not written, and opcheck compares whatever stands there

@@ -301,6 +301,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     tensors = ctx.saved_tensors
     d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out = torch.ops.moelab.dispatched_experts_backward(
+    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
         dy, *tensors, ctx.activation
     )
     b_in, b_out = tensors[4:6]

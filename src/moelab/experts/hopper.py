@@ -279,6 +279,7 @@ def hopper_experts_backward(
         del h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
         d_w_in = products.gradient_in(d_z, x, w_in)
+    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_x = kernels.combine(products.back(d_z, w_in, dy.new_empty(len(z), dy.shape[1])))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out

@@ -155,6 +155,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.activation = inputs
     _, z, slot_of_row, row_of_slot, offsets = output
+    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
     ctx.save_for_backward(*tensors, z, slot_of_row, row_of_slot, offsets)
 
 
