@@ -4,6 +4,7 @@
 // next one until all have come. Shared memory, warps, blocks and clusters are as the kernels see them on a GPU; timing,
 // races and the machine's approximations are not.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +17,8 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define CLUSTER
+
+using std::min;
 
 constexpr unsigned ALL = 0xffffffffu;
 

@@ -31,7 +31,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "silu", "swiglu")  # by the numbers
 assert set(ACTIVATIONS) == set(get_args(Activation))
 MOST_EXPERTS = 3000  # counters of one warp in the shared memory that a block has without asking
 SHARED = 47 * 1024  # bytes; of 48 KiB, clusters keep one
-WARPS = 8  # of a block in rows.cu
+WARPS, TALL = 8, 256  # of a block, and rows of a part, in rows.cu
 
 
 def unusable(device: torch.device) -> str | None:
@@ -174,13 +174,19 @@ class Rows:
         """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
         those of each expert's slots are summed, times the weights."""
         experts, width = len(self.routing.offsets), rows.shape[1]
+        parts = self.indices_TK.numel() // TALL + experts  # as many as there may be
+        sums = rows.new_empty(parts, width, dtype=torch.float32)
         out = rows.new_empty(experts, width)
         wide = _wide(width, rows)
-        columns = 8 * (16 // rows.element_size() if wide else 1)
+        columns = 32 * (16 // rows.element_size() if wide else 1)
         self.launch(
-            self.source, "bias_gradient", (-(-width // columns), experts), (32, WARPS), rows.data_ptr(),
-            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), out.data_ptr(),
+            self.source, "bias_parts", (parts, -(-width // columns)), (32, WARPS), rows.data_ptr(),
+            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), sums.data_ptr(), experts,
             self.indices_TK.shape[1], width, wide,
+        )  # fmt: skip
+        self.launch(
+            self.source, "bias_gradient", (-(-width // (32 * WARPS)), experts), (32, WARPS), sums.data_ptr(),
+            self.routing.offsets.data_ptr(), out.data_ptr(), width,
         )  # fmt: skip
         return out
 
@@ -295,13 +301,13 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     _, *tensors, ctx.activation = inputs
+    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     tensors = ctx.saved_tensors
     d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out = torch.ops.moelab.dispatched_experts_backward(
-    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
         dy, *tensors, ctx.activation
     )
     b_in, b_out = tensors[4:6]

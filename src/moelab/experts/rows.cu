@@ -345,18 +345,35 @@ activate_backward(const Element* z, const Element* bias, const Index* indices, c
 
 // Gradients of the experts' parameters
 
-constexpr int ACROSS = 8, DOWN = 32 * WARPS / ACROSS;  // threads of a block along columns and rows
+constexpr int TALL = 256;  // rows of a part of an expert's
+
+// The part-th of all experts' parts: which expert's, which rows, and where in the expert's it stands.
+struct Part {
+    int expert = 0, number;
+    Index start = 0, end = 0;
+
+    __device__ Part(const int* offsets, int experts, int part) : number(part) {
+        for (; expert < experts; ++expert) {
+            const int first = expert ? offsets[expert - 1] : 0, parts = (offsets[expert] - first + TALL - 1) / TALL;
+            if (number < parts) {
+                start = first + static_cast<Index>(number) * TALL;
+                end = min(start + TALL, static_cast<Index>(offsets[expert]));
+                return;
+            }
+            number -= parts;
+        }
+    }
+};
 
 template <int V> __device__ void sum_columns(
     const Element* __restrict__ rows, const float* __restrict__ weights, const int* __restrict__ slot_of_row,
-    Element* __restrict__ out, Index start, Index end, Index top_k, Index width) {
-    __shared__ float partial[DOWN][ACROSS * V];
-    const int thread = threadIdx.y * 32 + threadIdx.x, column = thread % ACROSS, down = thread / ACROSS;
-    const Index at = (static_cast<Index>(blockIdx.x) * ACROSS + column) * V;
+    float* __restrict__ sums, Index start, Index end, Index top_k, Index width) {
+    __shared__ float of_warp[WARPS][32 * V];
+    const Index at = (static_cast<Index>(blockIdx.y) * 32 + threadIdx.x) * V;
     float sum[V] = {};
     if (at < width && weights) {
 #pragma unroll 4
-        for (Index row = start + down; row < end; row += DOWN) {
+        for (Index row = start + threadIdx.y; row < end; row += WARPS) {
             const Index slot = slot_of_row[row];
             float value[V] = {};
             add<V>(value, rows + slot / top_k * width + at);
@@ -366,25 +383,42 @@ template <int V> __device__ void sum_columns(
         }
     } else if (at < width) {
 #pragma unroll 4
-        for (Index row = start + down; row < end; row += DOWN) add<V>(sum, rows + row * width + at);
+        for (Index row = start + threadIdx.y; row < end; row += WARPS) add<V>(sum, rows + row * width + at);
     }
 #pragma unroll
-    for (int j = 0; j < V; ++j) partial[down][column * V + j] = sum[j];
+    for (int j = 0; j < V; ++j) of_warp[threadIdx.y][threadIdx.x * V + j] = sum[j];
     __syncthreads();
-    if (down > 0 || at >= width) return;
-    for (int i = 1; i < DOWN; ++i)
-#pragma unroll
-        for (int j = 0; j < V; ++j) sum[j] += partial[i][column * V + j];
-    store(out + blockIdx.y * width + at, narrow(sum));
+    const int column = threadIdx.y * 32 + threadIdx.x;
+    const Index to = static_cast<Index>(blockIdx.y) * 32 * V + column;
+    if (column >= 32 * V || to >= width) return;
+    float total = 0.0f;
+    for (int i = 0; i < WARPS; ++i) total += of_warp[i][column];
+    sums[blockIdx.x * width + to] = total;
 }
 
-// rows (N, C) → out[e] (E, C), the sum over an expert's rows; or with weights (T, K) of tokens (T, C) for rows, the sum of
-// their rows times the weights. Grid: (C / (ACROSS · elements an access), E).
+// rows (N, C) → sums (parts, C), over the rows of each part; or with weights (T, K) of tokens (T, C) for rows, the sum of
+// their rows times the weights. Grid: (as many parts as there may be, C / (32 · elements an access)).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-bias_gradient(const Element* rows, const float* weights, const int* slot_of_row, const int* offsets, Element* out,
-              Index top_k, Index width, Index wide) {
-    const Index start = blockIdx.y ? offsets[blockIdx.y - 1] : 0, end = offsets[blockIdx.y];
-    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, out, start, end, top_k, width);
+bias_parts(const Element* rows, const float* weights, const int* slot_of_row, const int* offsets, float* sums,
+           Index experts, Index top_k, Index width, Index wide) {
+    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    if (part.start == part.end) return;
+    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part.start, part.end, top_k, width);
+}
+
+// sums (parts, C) → out (E, C), over the parts of an expert in their order. Grid: (C / (32 · WARPS), E).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+bias_gradient(const float* sums, const int* offsets, Element* out, Index width) {
+    const Index at = warp_of_grid() * 32 + threadIdx.x;
+    if (at >= width) return;
+    Index first = 0, parts = 0;
+    for (int e = 0; e <= static_cast<int>(blockIdx.y); ++e) {
+        first += parts;
+        parts = (offsets[e] - (e ? offsets[e - 1] : 0) + TALL - 1) / TALL;
+    }
+    float sum[1] = {};
+    for (Index part = first; part < first + parts; ++part) sum[0] += sums[part * width + at];
+    store(out + blockIdx.y * width + at, narrow(sum));
 }
 
 template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
