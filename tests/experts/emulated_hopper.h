@@ -19,7 +19,6 @@ struct uint2 {
     unsigned x, y;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline int min(int a, int b) { return a < b ? a : b; }
 
 typedef unsigned Address;  // from the start of the block's shared memory
 
@@ -123,12 +122,6 @@ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
 }
 inline void stores_issued() {}
 inline void stores_read() {}
-
-inline void copy_line(Address to, const void* from, int bytes = 16) {
-    std::memset(memory_of(my_block(), to), 0, 16);
-    std::memcpy(memory_of(my_block(), to), from, bytes);
-}
-inline void copies_arrive(Address barrier) { barrier_arrive(barrier, rank_in_cluster()); }
 
 inline void tensor_prefetch(const TensorMap&) {}
 

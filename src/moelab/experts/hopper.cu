@@ -1,7 +1,7 @@
-// Products of rows that are sorted by expert, bf16, on Hopper's tensor cores. Blocks are persistent; warpgroup 0 loads, 1
-// and 2 multiply, each 64 rows of a tile of 128 by 256, and where there is a curve to follow 3 and 4 finish what 1 and 2
-// hand them beside the products of the next tile. Tokens are gathered by the loads. A cluster of two blocks has the same
-// rows and neighbouring columns: each loads half of the rows for both, where they are not gathered.
+// Products of rows that are sorted by expert, bf16, on Hopper's tensor cores. Blocks are persistent; two of their
+// warpgroups multiply, each 64 rows of a tile, and follow the curve where there is one. One thread loads: of a warpgroup
+// of its own, or, where two blocks share a multiprocessor and its registers, of the first. A cluster of two blocks has
+// the same rows and neighbouring columns: each loads half of the rows for both.
 //
 // Compiled with BLOCKS, those of a cluster, and ACTIVATION (curve.cuh).
 
@@ -11,14 +11,29 @@ struct Tile {
     int expert, start, rows, column;
 };
 
+// Rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128, and of two tiles'
+// columns where blocks are two. Boxes: rows 128 / BLOCKS by 64, w 128 by 64, or ACROSS 64 by 64, out 64 by 64.
+struct Product {
+    const TensorMap &rows_map, &w_map;
+    const int* offsets;
+    int experts, inside, outside;
+    unsigned short *out, *h;
+    const unsigned short *bias, *z;
+    const float* weights;
+    const int* slot_of_row;
+    float* partial;
+
+    // Tiles beside each other, over the blocks of a cluster.
+    template <class Kind> __device__ int across() const { return (outside + Kind::COLUMNS - 1) / Kind::COLUMNS / BLOCKS; }
+};
+
 // Walks the tiles of this cluster, in the same order in every thread.
-struct Tiles {
+template <class Kind> struct Tiles {
     const int *offsets, *before;
     int experts, across, unit, step, expert = 0;
 
-    // across: tiles beside each other, over the blocks of a cluster.
-    __device__ Tiles(const int* offsets, int experts, int across)
-        : offsets(offsets), before(table(0)), experts(experts), across(across),
+    __device__ explicit Tiles(const Product& p)
+        : offsets(p.offsets), before(table(0)), experts(p.experts), across(p.across<Kind>()),
           unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
 
     __device__ bool next(Tile& tile) {
@@ -28,103 +43,66 @@ struct Tiles {
         const int group = (unit - before[expert]) / (GROUP * across), within = (unit - before[expert]) % (GROUP * across);
         const int height = min(GROUP, tiles - group * GROUP);
         const int row = (group * GROUP + within % height) * ROWS;
-        tile = {expert, first + row, min(ROWS, end - first - row), (within / height * BLOCKS + rank_in_cluster()) * COLUMNS};
+        tile = {expert, first + row, min(ROWS, end - first - row),
+                (within / height * BLOCKS + rank_in_cluster()) * Kind::COLUMNS};
         unit += step;
         return true;
     }
 };
 
-// Rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128, and of 512 where
-// blocks are two. Boxes: rows 128 / BLOCKS by 64, w 128 by 64, or ACROSS 64 by 64, out 64 by 64.
-struct Product {
-    const TensorMap& w_map;
-    const int* offsets;
-    int experts, inside, outside;
-    unsigned short *out, *h;
-    const unsigned short *bias, *z;
-    const float* weights;
-    const int* slot_of_row;
-    float* partial;
+// What one thread loads: the blocks of the summed dimension of each tile, in turn.
+template <class Kind, int ACROSS> struct Loads {
+    const Product& p;
+    Tiles<Kind> tiles;
+    Tile tile;
+    bool more;
+    int k = 0, n = 0;
 
-    __device__ int across() const { return (outside + COLUMNS - 1) / COLUMNS / BLOCKS; }
+    __device__ explicit Loads(const Product& p) : p(p), tiles(p) { more = tiles.next(tile); }
+
+    // The next one, as soon as its stage has been handed back.
+    __device__ void next() {
+        constexpr int BOXES = Kind::COLUMNS / 64;
+        const Turn<Kind> turn(n);
+        const Address there = full(turn.stage), matrix = right<Kind>(turn.stage);
+        const int share = ROWS / SHARES * rank_in_cluster();
+        barrier_wait(empty(turn.stage), turn.parity ^ 1);
+        barrier_expect(there, Kind::STAGE);
+        tensor_load_all(p.rows_map, left<Kind>(turn.stage) + share * 128, k, tile.start + share, there);
+        for (int i = 0; i < (ACROSS ? BOXES : BOXES / 2); ++i)
+            if (ACROSS)
+                tensor_load(p.w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * p.inside + k, there);
+            else
+                tensor_load(p.w_map, matrix + i * 2 * BOX, k, tile.expert * p.outside + tile.column + 128 * i, there);
+        k += DEPTH;
+        ++n;
+        if (k < p.inside) return;
+        k = 0;
+        more = tiles.next(tile);
+    }
 };
 
-// A block of w, from row or column k of the summed dimension on.
-template <int ACROSS> __device__ inline void load_matrix(const Product& p, const Tile& tile, int k, int stage) {
-    for (int i = 0; i < (ACROSS ? 4 : 2); ++i)
-        if (ACROSS)
-            tensor_load(p.w_map, right(stage) + i * BOX, tile.column + 64 * i, tile.expert * p.inside + k, full(stage));
-        else
-            tensor_load(p.w_map, right(stage) + i * 2 * BOX, k, tile.expert * p.outside + tile.column + 128 * i, full(stage));
-}
-
-// One thread.
-template <int ACROSS> __device__ inline void load_tiles(const Product& p, const TensorMap& rows_map, Tiles tiles) {
-    Tile tile;
-    tensor_prefetch(rows_map);
-    tensor_prefetch(p.w_map);
-    const int share = ROWS / SHARES * rank_in_cluster();
-    for (int n = 0; tiles.next(tile);)
-        for (int k = 0; k < p.inside; k += DEPTH, ++n) {
-            const Turn<PLAIN> turn(n);
-            barrier_wait(empty(turn.stage), turn.parity ^ 1);
-            barrier_expect(full(turn.stage), STAGE);
-            tensor_load_all(rows_map, left(turn.stage) + share * 128, k, tile.start + share, full(turn.stage));
-            load_matrix<ACROSS>(p, tile, k, turn.stage);
-        }
-}
-
-// All threads of the warpgroup: eight have the lines of a row, each those of rows 16 apart.
-template <int ACROSS> __device__ inline void gather_tiles(const Product& p, const Gathered& rows, Tiles tiles) {
-    const int thread = threadIdx.x, line = thread % 8, first = thread / 8;
-    Tile tile;
-    for (int n = 0; tiles.next(tile);) {
-        int token[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) token[i] = rows.token(tile.start + first + 16 * i);
-#pragma unroll 1
-        for (int k = 0; k < p.inside; k += DEPTH, ++n) {
-            const Turn<CURVED> turn(n);
-            barrier_wait(empty(turn.stage), turn.parity ^ 1);
-            if (thread == 0) {
-                barrier_expect(full(turn.stage), STAGE - LEFT);
-                load_matrix<ACROSS>(p, tile, k, turn.stage);
-            }
-            const Address to = left(turn.stage) + first * 128 + ((line ^ first % 8) << 4);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) copy_line(to + 16 * i * 128, rows.at(token[i], k + 8 * line));
-            copies_arrive(full(turn.stage));
-        }
-    }
-}
-
-// The warpgroup's half of a tile; n counts blocks of the summed dimension from the first tile on.
-template <int STAGES, int ACROSS> __device__ inline void multiply_tile(float (&acc)[2][64], const Product& p, int& n, int half) {
-    for (int k = 0; k < p.inside / DEPTH; ++k, ++n) {
-        const Turn<STAGES> turn(n);
-        barrier_wait(full(turn.stage), turn.parity);
-        if (STAGES == CURVED) before_async();  // what was copied, before the tensor cores read it
-        add_block<STAGES, 0, ACROSS>(acc, n, k, half);
-    }
-    finish_blocks<STAGES>(acc, n - 1);
-}
-
 // out (N, outside) = the products.
-template <int ACROSS>
-__device__ inline void plain_product(const Product& p, const TensorMap& rows_map, const TensorMap& out_map) {
-    begin(p.offsets, p.experts, ROWS, p.across(), 0);
-    const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-    Tiles tiles(p.offsets, p.experts, p.across());
-    if (warpgroup == 0) {
+template <int ACROSS> __device__ inline void plain_product(const Product& p, const TensorMap& out_map) {
+    begin<1>(p.offsets, p.experts, ROWS, p.across<Plain>());
+    const int half = static_cast<int>(threadIdx.x) / 128 - 1;
+    if (half < 0) {
         fewer_registers<40>();
-        if (threadIdx.x == 0) load_tiles<ACROSS>(p, rows_map, tiles);
+        if (threadIdx.x == 0)
+            for (Loads<Plain, ACROSS> loads(p); loads.more;) loads.next();
     } else {
         more_registers<232>();
+        Tiles<Plain> tiles(p);
         Tile tile;
         for (int n = 0; tiles.next(tile);) {
             float acc[2][64];
-            multiply_tile<PLAIN, ACROSS>(acc, p, n, warpgroup - 1);
-            store_half(acc, out_map, p.out, tile.start, tile.rows, tile.column, p.outside, warpgroup - 1);
+            for (int k = 0; k < p.inside / DEPTH; ++k, ++n) {
+                const Turn<Plain> turn(n);
+                barrier_wait(full(turn.stage), turn.parity);
+                add_block<Plain, 0, ACROSS>(acc, n, k, half);
+            }
+            finish_blocks<Plain>(acc, n - 1);
+            store_half(acc, out_map, p.out, tile.start, tile.rows, tile.column, p.outside, half);
         }
     }
     end();
@@ -133,40 +111,29 @@ __device__ inline void plain_product(const Product& p, const TensorMap& rows_map
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 down(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
      unsigned short* out) {
-    plain_product<0>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out},
-                     rows_map, out_map);
+    plain_product<0>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                      static_cast<int>(outside), out}, out_map);
 }
 
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 back(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long experts, long long inside, long long outside,
      unsigned short* out) {
-    plain_product<1>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out},
-                     rows_map, out_map);
+    plain_product<1>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                      static_cast<int>(outside), out}, out_map);
 }
 
-// A multiplying warpgroup's half of the number-th tile to the warpgroup that finishes it, with the bias.
-__device__ inline void hand_over(float (&acc)[2][64], const Product& p, const Tile& tile, int number, int half) {
-    const int first = tile.column + 2 * (threadIdx.x % 4);
+// acc (64, 128) += a bias.
+__device__ inline void add_bias(float (&acc)[64], const unsigned short* bias) {
+    const unsigned* pairs = reinterpret_cast<const unsigned*>(bias + 2 * (threadIdx.x % 4));
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-        if (p.bias && tile.column + 128 * i < p.outside) {
-            const unsigned* pairs = reinterpret_cast<const unsigned*>(
-                p.bias + static_cast<long long>(tile.expert) * p.outside + first + 128 * i);
+    for (int j = 0; j < 16; ++j) {
+        const unsigned pair = pairs[4 * j];
 #pragma unroll
-            for (int j = 0; j < 16; ++j) {
-                const unsigned pair = pairs[4 * j];
-#pragma unroll
-                for (int down = 0; down < 2; ++down) {
-                    acc[i][4 * j + 2 * down] += low(pair);
-                    acc[i][4 * j + 2 * down + 1] += high(pair);
-                }
-            }
+        for (int down = 0; down < 2; ++down) {
+            acc[4 * j + 2 * down] += low(pair);
+            acc[4 * j + 2 * down + 1] += high(pair);
         }
-    barrier_wait(emptied(half), number % 2 ^ 1);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) stage_chunk(staging<CURVED>(half) + i * CHUNK, acc[i]);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(filled(half), rank_in_cluster());
+    }
 }
 
 // The words of two numbers each, with the curve. z is the product, h = act(z); or, SLOPE, the product is g = dL/dh of an
@@ -183,94 +150,116 @@ template <int SLOPE> __device__ inline void follow(unsigned& product, unsigned z
     }
 }
 
-// What a multiplying warpgroup handed over of the number-th tile: out = z and h = act(z), or SLOPE out = dL/dz,
-// h = weight · act(z), partial[row, tile of columns] = Σ g · act(z). Eight threads have lines of 16 bytes beside each other.
-template <int SLOPE> __device__ inline void finish(const Product& p, const Tile& tile, int number, int half) {
-    const int lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 4 + lane / 8, line = lane % 8;
-    const int rows = tile.rows - 64 * half, start = tile.start + 64 * half, columns = p.outside - tile.column;
-    const long long spot = static_cast<long long>(start + first) * p.outside + tile.column + 8 * line;
-    const Address staged = staging<CURVED>(half) + first * 128 + ((line ^ first % 8) << 4);
-    float weight = 0;
-    uint4 z[4];
-    if (SLOPE && first < rows) {
-        weight = p.weights[p.slot_of_row[start + first]];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            if (64 * j < columns) z[j] = *reinterpret_cast<const uint4*>(p.z + spot + 64 * j);
+// A warp's 16 rows of a tile, which eight threads move a row of at once, in lines of 16 bytes.
+struct Strip {
+    int row, line, rows, start;  // this thread's first row, and those that are there
+    long long spot;              // of its first line in (N, outside)
+
+    __device__ Strip(const Tile& tile, int half, int outside) {
+        const int top = 64 * half + static_cast<int>(threadIdx.x) % 128 / 32 * 16;
+        row = static_cast<int>(threadIdx.x) % 32 / 8, line = static_cast<int>(threadIdx.x) % 8;
+        rows = tile.rows - top, start = tile.start + top;
+        spot = static_cast<long long>(start + row) * outside + tile.column + 8 * line;
     }
-    barrier_wait(filled(half), number % 2);
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-        const long long at = spot + 16ll * i * p.outside;
-        const int row = 16 * i + first;
-        const bool live = row < rows, more = SLOPE && i < 3 && row + 16 < rows;
-        const float next_weight = more ? p.weights[p.slot_of_row[start + row + 16]] : 0;
-        float sum = 0;
+};
+
+// out = z and h = act(z), or SLOPE out = dL/dz, h = weight · act(z), partial[row, tile of columns] = Σ g · act(z). z has
+// the first 64 columns of the strip.
+template <int SLOPE>
+__device__ inline void finish(const float (&acc)[64], uint4 (&z)[4], const Product& p, const Tile& tile, const Strip& strip) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const Address staged = staging<Curved>() + static_cast<int>(threadIdx.x) / 32 * (CHUNK / 8);
+    float weight[4] = {}, sum[4] = {};
+    if (SLOPE)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (64 * j >= columns) break;
-            uint4 g = load_line(staged + j * BOX + 16 * i * 128), h;
-            follow<SLOPE>(g.x, z[j].x, h.x, weight, sum);
-            follow<SLOPE>(g.y, z[j].y, h.y, weight, sum);
-            follow<SLOPE>(g.z, z[j].z, h.z, weight, sum);
-            follow<SLOPE>(g.w, z[j].w, h.w, weight, sum);
-            if (live) {
-                store_line(p.out + at + 64 * j, g);
-                store_line(p.h + at + 64 * j, h);
+        for (int i = 0; i < 4; ++i)
+            if (strip.row + 4 * i < strip.rows) weight[i] = p.weights[p.slot_of_row[strip.start + strip.row + 4 * i]];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const float* d = acc + 32 * c + 4 * i;
+            store_matrices(staged + lane % 16 * 128 + ((i + lane / 16 ^ lane % 8) << 4), two_bfloats(d[0], d[1]),
+                           two_bfloats(d[2], d[3]), two_bfloats(d[4], d[5]), two_bfloats(d[6], d[7]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int row = strip.row + 4 * i;
+            const long long at = strip.spot + 4ll * i * p.outside + 64 * c;
+            uint4 g = load_line(staged + row * 128 + ((strip.line ^ row % 8) << 4)), h;
+            follow<SLOPE>(g.x, z[i].x, h.x, weight[i], sum[i]);
+            follow<SLOPE>(g.y, z[i].y, h.y, weight[i], sum[i]);
+            follow<SLOPE>(g.z, z[i].z, h.z, weight[i], sum[i]);
+            follow<SLOPE>(g.w, z[i].w, h.w, weight[i], sum[i]);
+            if (row < strip.rows) {
+                store_line(p.out + at, g);
+                store_line(p.h + at, h);
+                if (SLOPE && c == 0) z[i] = *reinterpret_cast<const uint4*>(p.z + at + 64);
             }
-            if (more) z[j] = *reinterpret_cast<const uint4*>(p.z + at + 16ll * p.outside + 64 * j);
-        }
-        if (SLOPE) {
-            weight = next_weight;
-            sum += __shfl_xor_sync(ALL, sum, 1);
-            sum += __shfl_xor_sync(ALL, sum, 2);
-            sum += __shfl_xor_sync(ALL, sum, 4);
-            if (line == 0 && live)
-                p.partial[static_cast<long long>(start + row) * (p.across() * BLOCKS) + tile.column / COLUMNS] = sum;
         }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(emptied(half), rank_in_cluster());
+    if (SLOPE)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[i] += __shfl_xor_sync(ALL, sum[i], 1);
+        sum[i] += __shfl_xor_sync(ALL, sum[i], 2);
+        sum[i] += __shfl_xor_sync(ALL, sum[i], 4);
+        const int row = strip.row + 4 * i;
+        if (strip.line == 0 && row < strip.rows)
+            p.partial[static_cast<long long>(strip.start + row) * (p.outside / Curved::COLUMNS) +
+                      tile.column / Curved::COLUMNS] = sum[i];
+    }
 }
 
-template <int SLOPE> __device__ inline void curved_product(const Product& p, const Gathered& rows) {
-    begin(p.offsets, p.experts, ROWS, p.across(), 128);
-    const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-    Tiles tiles(p.offsets, p.experts, p.across());
+template <int SLOPE> __device__ inline void curved_product(const Product& p) {
+    constexpr int AHEAD = Curved::STAGES - 1;  // blocks; the last stage is handed back while the next one is multiplied
+    begin<1>(p.offsets, p.experts, ROWS, p.across<Curved>());
+    const int half = static_cast<int>(threadIdx.x) / 128;
+    tensor_prefetch(p.rows_map);
+    tensor_prefetch(p.w_map);
+    Loads<Curved, SLOPE> loads(p);
+    if (threadIdx.x == 0)
+        for (int i = 0; i < AHEAD && loads.more; ++i) loads.next();
+    Tiles<Curved> tiles(p);
     Tile tile;
-    if (warpgroup == 0) {
-        fewer_registers<LOADING>();
-        gather_tiles<SLOPE>(p, rows, tiles);
-    } else if (warpgroup < 3) {
-        more_registers<MULTIPLYING>();
-        for (int n = 0, number = 0; tiles.next(tile); ++number) {
-            float acc[2][64];
-            multiply_tile<CURVED, SLOPE>(acc, p, n, warpgroup - 1);
-            hand_over(acc, p, tile, number, warpgroup - 1);
+    for (int n = 0; tiles.next(tile);) {
+        const Strip strip(tile, half, p.outside);
+        uint4 z[4];
+        if (SLOPE)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)  // before the products, which hide how long it takes
+                if (strip.row + 4 * i < strip.rows)
+                    z[i] = *reinterpret_cast<const uint4*>(p.z + strip.spot + 4ll * i * p.outside);
+        float acc[1][64];
+        for (int k = 0; k < p.inside / DEPTH; ++k, ++n) {
+            const Turn<Curved> turn(n);
+            barrier_wait(full(turn.stage), turn.parity);
+            add_block<Curved, 0, SLOPE>(acc, n, k, half);
+            if (threadIdx.x == 0 && loads.more) loads.next();
+            __syncwarp();
         }
-    } else {
-        fewer_registers<FINISHING>();
-        for (int number = 0; tiles.next(tile); ++number) finish<SLOPE>(p, tile, number, warpgroup - 3);
+        finish_blocks<Curved>(acc, n - 1);
+        if (p.bias) add_bias(acc[0], p.bias + static_cast<long long>(tile.expert) * p.outside + tile.column);
+        finish<SLOPE>(acc[0], z, p, tile, strip);
     }
     end();
 }
 
-extern "C" __global__ void CLUSTER __launch_bounds__(640, 1)
-up(MAP w_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k, const int* offsets,
-   long long experts, long long inside, long long outside, unsigned short* out, unsigned short* h,
-   const unsigned short* bias) {
-    curved_product<0>(
-        {w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside), out, h, bias},
-        {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)});
+extern "C" __global__ void CLUSTER __launch_bounds__(256, 2)
+up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside,
+   unsigned short* out, unsigned short* h, const unsigned short* bias) {
+    curved_product<0>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                       static_cast<int>(outside), out, h, bias});
 }
 
-extern "C" __global__ void CLUSTER __launch_bounds__(640, 1)
-slope(MAP w_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k, const int* offsets,
-      long long experts, long long inside, long long outside, unsigned short* out, unsigned short* h,
-      const unsigned short* z, const float* weights, float* partial) {
-    curved_product<1>({w_map, offsets, static_cast<int>(experts), static_cast<int>(inside), static_cast<int>(outside),
-                       out, h, nullptr, z, weights, slot_of_row, partial},
-                      {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)});
+extern "C" __global__ void CLUSTER __launch_bounds__(256, 2)
+slope(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside,
+      unsigned short* out, unsigned short* h, const unsigned short* z, const float* weights, const int* slot_of_row,
+      float* partial) {
+    curved_product<1>({rows_map, w_map, offsets, static_cast<int>(experts), static_cast<int>(inside),
+                       static_cast<int>(outside), out, h, nullptr, z, weights, slot_of_row, partial});
 }
 
 // Sums over rows
@@ -294,85 +283,62 @@ struct Parts {
         const int first = start_of(offsets, expert) + chunk * longest;
         const bool alone = several[expert + 1] == several[expert];
         part = {expert, first, min(longest, offsets[expert] - first), alone ? -1 : several[expert] + chunk,
-                tile % high * ROWS, (tile / high * BLOCKS + rank_in_cluster()) * COLUMNS};
+                tile % high * ROWS, (tile / high * BLOCKS + rank_in_cluster()) * Plain::COLUMNS};
         unit += step;
         return true;
     }
 };
 
-// Copies a block of 64 gathered rows, WIDTH columns of them from `column` on, into boxes beside each other.
-template <int WIDTH>
-__device__ inline void gather_block(const Gathered& rows, int start, int column, Address to, int n) {
-    constexpr int LINES = WIDTH / 8, STEP = 128 / LINES;
-    const int thread = threadIdx.x, line = thread % LINES, first = thread / LINES;
-    const int bytes = column + 8 * line < rows.width ? 16 : 0;  // what is past the last column is 0
-    int token[64 / STEP];
-#pragma unroll
-    for (int i = 0; i < 64 / STEP; ++i) token[i] = rows.token(start + first + STEP * i);
-    const Turn<PLAIN> turn(n);
-    barrier_wait(empty(turn.stage), turn.parity ^ 1);
-#pragma unroll
-    for (int i = 0; i < 64 / STEP; ++i) {
-        const int row = first + STEP * i;
-        copy_line(to + line / 8 * BOX + row * 128 + ((line % 8 ^ row % 8) << 4), rows.at(token[i], bytes ? column + 8 * line : 0),
-                  bytes);
-    }
-    copies_arrive(full(turn.stage));
-}
-
-// dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside); one of them is gathered.
+// dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
 //
 // Up to `longest` rows are summed at once. The only part of an expert goes to dw; of several each goes to
 // parts (part, outside, inside) in fp32, which `sum_parts` adds. Rows after a part's are another's, and may be NaN:
 // they are cleared in shared memory. Boxes: 64 by 64. outside and inside are multiples of 128, inside of 512 where
 // blocks are two.
-template <int LEFT_GATHERED>
-__device__ inline void weight_gradient(const TensorMap& rows_map, const Gathered& rows, const TensorMap& dw_map,
-                                       const int* offsets, int experts, int outside, int inside, int longest,
-                                       unsigned short* dw, float* parts) {
-    const int high = outside / ROWS, across = (inside + COLUMNS - 1) / COLUMNS / BLOCKS;
-    begin(offsets, experts, longest, high * across, 128);
+extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
+weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts_, long long outside_,
+                long long inside_, long long longest_, unsigned short* dw, float* parts) {
+    const int experts = static_cast<int>(experts_), outside = static_cast<int>(outside_);
+    const int inside = static_cast<int>(inside_), longest = static_cast<int>(longest_);
+    const int high = outside / ROWS, across = (inside + Plain::COLUMNS - 1) / Plain::COLUMNS / BLOCKS;
+    begin<2>(offsets, experts, longest, high * across);
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Parts work(offsets, experts, high, across, longest);
     Part part;
     if (half < 0) {
-        fewer_registers<72>();
-        for (int n = 0; work.next(part);)
-            for (int k = 0; k < part.rows; k += DEPTH, ++n) {
-                const Turn<PLAIN> turn(n);
-                if (threadIdx.x == 0) {
+        fewer_registers<40>();
+        if (threadIdx.x == 0) {
+            tensor_prefetch(y_map);
+            tensor_prefetch(x_map);
+            for (int n = 0; work.next(part);)
+                for (int k = 0; k < part.rows; k += DEPTH, ++n) {
+                    const Turn<Plain> turn(n);
+                    const Address there = full(turn.stage);
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                    barrier_expect(full(turn.stage), LEFT_GATHERED ? STAGE - LEFT : LEFT);
-                    for (int i = 0; i < (LEFT_GATHERED ? 4 : 2); ++i)
-                        if (LEFT_GATHERED)
-                            tensor_load(rows_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k,
-                                        full(turn.stage));
-                        else if (BLOCKS == 1 || i == rank_in_cluster())
-                            tensor_load_all(rows_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k,
-                                            full(turn.stage));
+                    barrier_expect(there, Plain::STAGE);
+                    for (int i = 0; i < 2; ++i)
+                        if (BLOCKS == 1 || i == rank_in_cluster())
+                            tensor_load_all(y_map, left<Plain>(turn.stage) + i * BOX, part.left + 64 * i, part.start + k, there);
+                    for (int i = 0; i < 4; ++i)
+                        tensor_load(x_map, right<Plain>(turn.stage) + i * BOX, part.right + 64 * i, part.start + k, there);
                 }
-                if (LEFT_GATHERED)
-                    gather_block<128>(rows, part.start + k, part.left, left(turn.stage), n);
-                else
-                    gather_block<256>(rows, part.start + k, part.right, right(turn.stage), n);
-            }
+        }
     } else {
-        more_registers<216>();
+        more_registers<232>();
         for (int n = 0; work.next(part);) {
             float acc[2][64];
             for (int k = 0; k * DEPTH < part.rows; ++k, ++n) {
-                const Turn<PLAIN> turn(n);
+                const Turn<Plain> turn(n);
                 barrier_wait(full(turn.stage), turn.parity);
                 if (const int rows = part.rows - k * DEPTH; rows < DEPTH) {
                     for (int i = threadIdx.x - 128; i < (DEPTH - rows) * 48; i += 256)
-                        clear_line(left(turn.stage) + i % 6 * BOX + (rows + i / 48) * 128 + i / 6 % 8 * 16);
+                        clear_line(left<Plain>(turn.stage) + i % 6 * BOX + (rows + i / 48) * 128 + i / 6 % 8 * 16);
                     before_async();
                     consumers_barrier();
                 }
-                before_async();  // what was copied, before the tensor cores read it
-                add_block<PLAIN, 1, 1>(acc, n, k, half);
+                add_block<Plain, 1, 1>(acc, n, k, half);
             }
-            finish_blocks<PLAIN>(acc, n - 1);
+            finish_blocks<Plain>(acc, n - 1);
             if (part.number < 0) {
                 store_half(acc, dw_map, dw, part.expert * outside + part.left, ROWS, part.right, inside, half);
             } else {
@@ -391,25 +357,6 @@ __device__ inline void weight_gradient(const TensorMap& rows_map, const Gathered
         }
     }
     end();
-}
-
-extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-gradient_in(MAP y_map, MAP dw_map, const unsigned short* x, const int* slot_of_row, long long rows, long long top_k,
-            const int* offsets, long long experts, long long outside, long long inside, long long longest,
-            unsigned short* dw, float* parts) {
-    weight_gradient<0>(
-        y_map, {x, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(inside)}, dw_map, offsets,
-        static_cast<int>(experts), static_cast<int>(outside), static_cast<int>(inside), static_cast<int>(longest), dw, parts);
-}
-
-extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-gradient_out(MAP x_map, MAP dw_map, const unsigned short* d_y, const int* slot_of_row, long long rows, long long top_k,
-             const int* offsets, long long experts, long long outside, long long inside, long long longest,
-             unsigned short* dw, float* parts) {
-    weight_gradient<1>(
-        x_map, {d_y, slot_of_row, static_cast<int>(rows), static_cast<int>(top_k), static_cast<int>(outside)}, dw_map,
-        offsets, static_cast<int>(experts), static_cast<int>(outside), static_cast<int>(inside), static_cast<int>(longest),
-        dw, parts);
 }
 
 // What `weight_gradient` left in parts, summed in their order into dw; zeros for an expert without rows. Grid: (any, E).

@@ -114,16 +114,6 @@ __device__ inline void tensor_store(const TensorMap& map, Address from, int x, i
 __device__ inline void stores_issued() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// 16 bytes of global memory, of which all but `bytes` come as 0; and an arrival at the barrier once this thread's copies
-// are there. The tensor cores see them after `before_async`.
-__device__ inline void copy_line(Address to, const void* from, int bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
-}
-__device__ inline void copies_arrive(Address barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
-}
-
 __device__ inline void tensor_prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }

@@ -1,12 +1,12 @@
 """Backend `hopper`: the products too in CUDA C++ (`hopper.cu`), for compute capability 9.0 and bf16.
 
-    x ──gather, W_in, + b_in, activation──▶ z, h ──W_out──▶ row outputs ──combine, + b_out, weights──▶ y
+    x ──dispatch──▶ rows ──W_in, + b_in, activation──▶ z, h ──W_out──▶ row outputs ──combine, + b_out, weights──▶ y
 
-Products run on warpgroup matrix units, with the activation and its backward beside them in warpgroups of their own;
-routing and combine are those of the backend `cuda`.
+Products run on warpgroup matrix units; those with the activation or its backward have two blocks on a multiprocessor,
+of which one follows the curve while the other multiplies. Routing, dispatch and combine are those of the backend `cuda`.
 
-- What is kept for the backward pass is x, the activation's input z (N·F) and the routing. Rows of x and of dy are
-  gathered by the products; the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
+- What is kept for the backward pass is x, the activation's input z (N·F) and the routing. Rows of x are gathered again;
+  the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
 - No float atomics and no host synchronisation: the same call twice gives the same bits, and a step can be captured.
 
 Both passes are operators of `torch.library`, with shapes for the compiler and a backward formula.
@@ -26,10 +26,12 @@ from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
-ROWS, COLUMNS = 128, 256  # of a product's tile, and threads of its block without and with a curve: hopper.cu
-THREADS, CURVED_THREADS = 384, 640
+ROWS = 128  # of a product's tile: tiles.cuh
+COLUMNS, CURVED_COLUMNS = 256, 128  # of one without and with a curve; of those two blocks share a multiprocessor
+THREADS, CURVED_THREADS = 384, 256
 MOST_EXPERTS = 128
-SHARED = 224 * 1024 + 8 * 12 + 2 * 4 * (MOST_EXPERTS + 1)
+TABLE = 4 * (MOST_EXPERTS + 1)
+SHARED, CURVED_SHARED = 1024 + 224 * 1024 + TABLE, 1024 + 112 * 1024
 SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
 SPARE = 1.0625  # times the rows of an even expert: a few more are not another part
 
@@ -114,88 +116,73 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Products:
-    """The kernels of `hopper.cu` for one call: of tokens (T, …), and of rows (N, …) sorted by expert.
+    """The kernels of `hopper.cu` for one call: rows (N, …) sorted by expert, of which each has a matrix.
 
     Args:
         launch: on the device.
         activation: whose curve is followed.
-        routing: where each row's slot is, and each expert's last row.
-        top_k: slots of a token.
+        offsets: (E,) int32, the row after each expert's last.
         device: of the tensors.
     """
 
-    def __init__(
-        self, launch: nvrtc.Launch, activation: str, routing: Routing, top_k: int, device: torch.device
-    ) -> None:  # fmt: skip
-        self.launch, self.activation, self.device = launch, activation, device
-        self.slot_of_row, self.offsets = routing.slot_of_row, routing.offsets
-        self.rows, self.top_k = len(routing.slot_of_row), top_k
+    def __init__(self, launch: nvrtc.Launch, activation: str, offsets: torch.Tensor, device: torch.device) -> None:
+        self.launch, self.activation, self.offsets, self.device = launch, activation, offsets, device
 
-    def up(self, x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """x (T, I), w (E, O, I) → z = x's rows · wᵀ + bias and h = act(z), (N, O)."""
-        self._curved("up", x, w, z, h, 0 if bias is None else bias.data_ptr())
-
-    def slope(
-        self, dy: torch.Tensor, w: torch.Tensor, d_z: torch.Tensor, h: torch.Tensor, z: torch.Tensor,
-        weights: torch.Tensor, partial: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """dy (T, I), w (E, I, O), z (N, O) → weight · (dy's rows · w) · act'(z) and weight · act(z), (N, O).
-
-        weights: (T, K). partial: (N, O / 256 rounded up), fp32: Σ (dy's row · w) · act(z) over the columns of a tile.
-        """
-        self._curved("slope", dy, w, d_z, h, z.data_ptr(), weights.data_ptr(), partial.data_ptr())
+    def up(
+        self, rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """rows (N, I), w (E, O, I) → z = rows · wᵀ + bias and h = act(z), (N, O)."""
+        self._product("up", rows, w, (z, h), 0 if bias is None else bias.data_ptr())
 
     def down(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """rows (N, I), w (E, O, I) → out = rows · wᵀ, (N, O)."""
-        return self._plain("down", rows, w, out, 128)
+        return self._product("down", rows, w, (out,))
 
     def back(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """rows (N, I), w (E, I, O) → out = rows · w, (N, O)."""
-        return self._plain("back", rows, w, out, 64)
+        return self._product("back", rows, w, (out,))
 
-    def gradient_in(self, d_z: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Σ over an expert's rows of d_z ⊗ x's row, like w (E, O, I): d_z (N, O), x (T, I)."""
-        return self._gradient("gradient_in", d_z, x, w)
+    def slope(
+        self, rows: torch.Tensor, w: torch.Tensor, d_z: torch.Tensor, h: torch.Tensor, z: torch.Tensor,
+        weights: torch.Tensor, slot_of_row: torch.Tensor, partial: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Rows (N, I) without their weights, w (E, I, O), z (N, O) → weight · (rows · w) · act'(z) and weight · act(z).
 
-    def gradient_out(self, dy: torch.Tensor, h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Σ over an expert's rows of dy's row ⊗ h, like w (E, O, I): dy (T, O), h (N, I)."""
-        return self._gradient("gradient_out", h, dy, w)
+        partial (N, O / 128), fp32: Σ (rows · w) · act(z) over the columns of a tile.
+        """
+        given = (z, weights, slot_of_row, partial)
+        self._product("slope", rows, w, (d_z, h), *(t.data_ptr() for t in given))
 
-    def _curved(self, name: str, x: torch.Tensor, w: torch.Tensor, *results_and_given: Any) -> None:
-        out, h, *given = results_and_given
-        inside, outside = x.shape[1], out.shape[1]
-        if self.rows > 0:
-            blocks = _cluster(outside)
-            w_map = self.launch.map(w.flatten(0, 1), 128 if name == "up" else 64)
-            self._run(
-                name, blocks, CURVED_THREADS, w_map, *self._gathered(x), self.offsets.data_ptr(), len(self.offsets),
-                inside, outside, out.data_ptr(), h.data_ptr(), *given,
-            )  # fmt: skip
+    def _product(
+        self, name: str, rows: torch.Tensor, w: torch.Tensor, results: tuple[torch.Tensor, ...], *given: int
+    ) -> torch.Tensor:
+        """The first result."""
+        (count, inside), outside = rows.shape, results[0].shape[1]
+        if count > 0:
+            curved = name in ("up", "slope")
+            blocks = _cluster(outside, CURVED_COLUMNS if curved else COLUMNS)
+            maps = [self.launch.map(rows, ROWS // blocks)]
+            maps += [self.launch.map(w.flatten(0, 1), 128 if name in ("up", "down") else 64)]
+            maps += [] if curved else [self.launch.map(results[0], 64)]
+            addresses = (t.data_ptr() for t in results)
+            sizes = (len(self.offsets), inside, outside)
+            self._run(name, blocks, curved, *maps, self.offsets.data_ptr(), *sizes, *addresses, *given)
+        return results[0]
 
-    def _plain(self, name: str, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor, box: int) -> torch.Tensor:
-        inside, outside = rows.shape[1], out.shape[1]
-        if self.rows > 0:
-            blocks = _cluster(outside)
-            maps = [self.launch.map(rows, ROWS // blocks), self.launch.map(w.flatten(0, 1), box)]
-            self._run(
-                name, blocks, THREADS, *maps, self.launch.map(out, 64), self.offsets.data_ptr(), len(self.offsets),
-                inside, outside, out.data_ptr(),
-            )  # fmt: skip
-        return out
-
-    def _gradient(self, name: str, rows: torch.Tensor, tokens: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """Σ over an expert's rows of d_y ⊗ x, like w (E, O, I): d_y (N, O), x (N, I)."""
         experts, outside, inside = w.shape
-        if self.rows == 0:
+        if len(x) == 0:
             return torch.zeros_like(w)
-        blocks, dw = _cluster(inside), torch.empty_like(w)
+        blocks, dw = _cluster(inside, COLUMNS), torch.empty_like(w)
         tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
-        longest = _rows_at_once(self.rows, experts, tiles, _multiprocessors(self.device) // blocks)
-        several = 2 * self.rows // longest if self.rows > longest else 0
-        parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
-        maps = self.launch.map(rows, 64), self.launch.map(dw.flatten(0, 1), 64)
+        longest = _rows_at_once(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
+        several = 2 * len(x) // longest if len(x) > longest else 0
+        parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
+        maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
         self._run(
-            name, blocks, THREADS, *maps, *self._gathered(tokens), self.offsets.data_ptr(), experts, outside, inside,
-            longest, dw.data_ptr(), parts.data_ptr(),
+            "weight_gradient", blocks, False, *maps, self.offsets.data_ptr(), experts, outside, inside, longest,
+            dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
         self.launch(
             _source(self.activation, blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
@@ -203,12 +190,10 @@ class Products:
         )  # fmt: skip
         return dw
 
-    def _gathered(self, tokens: torch.Tensor) -> tuple[int, int, int, int]:
-        return tokens.data_ptr(), self.slot_of_row.data_ptr(), self.rows, self.top_k
-
-    def _run(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
-        grid = (_multiprocessors(self.device) // blocks * blocks, 1)
-        self.launch(_source(self.activation, blocks), name, grid, (threads, 1), *arguments, shared=SHARED)
+    def _run(self, name: str, blocks: int, curved: bool, *arguments: Any) -> None:
+        grid = ((2 if curved else 1) * _multiprocessors(self.device) // blocks * blocks, 1)
+        threads, shared = (CURVED_THREADS, CURVED_SHARED) if curved else (THREADS, SHARED)
+        self.launch(_source(self.activation, blocks), name, grid, (threads, 1), *arguments, shared=shared)
 
 
 def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
@@ -226,9 +211,9 @@ def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
     return max(SHORTEST, -(-int(even / cuts * SPARE) // 64) * 64)
 
 
-def _cluster(outside: int) -> int:
+def _cluster(outside: int, columns: int) -> int:
     """Blocks of a cluster, which have neighbouring tiles of columns."""
-    return 2 if outside % (2 * COLUMNS) == 0 else 1
+    return 2 if outside % (2 * columns) == 0 else 1
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -243,10 +228,10 @@ def hopper_experts(
     with nvrtc.launches(x.device) as launch:
         routing = rows_backend.route(launch, indices, w_in.shape[0])
         kernels = Rows(launch, rows_backend._rows(x.dtype, activation), routing, indices)
-        products = Products(launch, activation, routing, indices.shape[1], x.device)
+        products = Products(launch, activation, routing.offsets, x.device)
         z = x.new_empty(indices.numel(), w_in.shape[1])
         h = torch.empty_like(z)
-        products.up(x, w_in, z, h, b_in)
+        products.up(kernels.dispatch(x), w_in, z, h, b_in)
         outputs = products.down(h, w_out, x.new_empty(len(z), x.shape[1]))
         return kernels.combine(outputs, weights, b_out), z, *routing
 
@@ -270,16 +255,15 @@ def hopper_experts_backward(
     with nvrtc.launches(dy.device) as launch:
         routing = Routing(row_of_slot, slot_of_row, offsets)
         kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
-        products = Products(launch, activation, routing, indices.shape[1], dy.device)
-        d_z, h = torch.empty_like(z), torch.empty_like(z)
-        partial = weights.new_empty(len(z), -(-z.shape[1] // COLUMNS))
-        products.slope(dy, w_out, d_z, h, z, weights, partial)
+        products = Products(launch, activation, offsets, dy.device)
+        d_z, h, d_rows = torch.empty_like(z), torch.empty_like(z), kernels.dispatch(dy)
+        partial = weights.new_empty(len(z), z.shape[1] // CURVED_COLUMNS)
+        products.slope(d_rows, w_out, d_z, h, z, weights, slot_of_row, partial)
         d_weights = kernels.slot_gradient(partial, dy, b_out)
-        d_w_out = products.gradient_out(dy, h, w_out)
-        del h
+        d_w_out = products.weight_gradient(d_rows, h, w_out)
+        del h, d_rows
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
-        d_w_in = products.gradient_in(d_z, x, w_in)
-    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
+        d_w_in = products.weight_gradient(d_z, kernels.dispatch(x), w_in)
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_x = kernels.combine(products.back(d_z, w_in, dy.new_empty(len(z), dy.shape[1])))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
@@ -295,6 +279,7 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     *tensors, ctx.activation = inputs
+    ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
     ctx.save_for_backward(*tensors, *output[1:])
 
 

@@ -1,48 +1,48 @@
 // What the products of hopper.cu are made of: stages of shared memory that are loaded, multiplied and handed back, and
 // tiles of results. It stands after hopper.cuh.
 
-constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64;  // of a tile, and of the summed dimension at once
-constexpr int BOX = 64 * 128;                         // bytes of 64 rows of 64 numbers
-constexpr int CHUNK = 2 * BOX;                        // of a result's 64 rows and 128 columns in bf16
-constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX;
-constexpr int PLAIN = 4, CURVED = 3;  // stages: those with a curve have room for a whole tile beside them
-constexpr int AFTER = 14 * CHUNK;     // where the barriers stand
-constexpr int TABLES = AFTER + 8 * 12;
+constexpr int ROWS = 128, DEPTH = 64;  // of a tile, and of the summed dimension at once
+constexpr int BOX = 64 * 128;          // bytes of 64 rows of 64 numbers
+constexpr int CHUNK = 2 * BOX;         // of a result's 64 rows and 128 columns in bf16
+constexpr int LEFT = 2 * BOX;
+constexpr int HEAD = 1024;  // where the stages stand, after the barriers and a table
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
-constexpr int LOADING = 48, MULTIPLYING = 160, FINISHING = 56;  // registers of a thread, where the blocks have 640
 constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
 
-static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
-static_assert(PLAIN * STAGE + 2 * CHUNK <= AFTER && CURVED * STAGE + 4 * CHUNK <= AFTER, "");
-
-__device__ inline Address full(int stage) { return shared_base() + AFTER + 8 * stage; }
-__device__ inline Address empty(int stage) { return full(4 + stage); }
-__device__ inline Address filled(int half) { return full(8 + half); }  // the rows of a multiplying warpgroup
-__device__ inline Address emptied(int half) { return full(10 + half); }
-__device__ inline Address left(int stage) { return shared_base() + stage * STAGE; }
-__device__ inline Address right(int stage) { return left(stage) + LEFT; }
-template <int STAGES> __device__ inline Address staging(int half) {
-    return left(STAGES) + half * (STAGES == PLAIN ? CHUNK : 2 * CHUNK);
-}
-__device__ inline int* table(int number) { return reinterpret_cast<int*>(dynamic + TABLES) + number * (MOST_EXPERTS + 1); }
-
-// Which stage the n-th block of the summed dimension is in, and the parity of its phase.
-template <int STAGES> struct Turn {
-    int stage, parity;
-    __device__ explicit Turn(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
+// A product without a curve has a multiprocessor to itself; of those with one there are two on it, and one follows the
+// curve while the other multiplies. COLUMNS of a tile.
+struct Plain {
+    static constexpr int COLUMNS = 256, STAGES = 4, STAGE = LEFT + 4 * BOX;
+};
+struct Curved {
+    static constexpr int COLUMNS = 128, STAGES = 3, STAGE = LEFT + 2 * BOX;
 };
 
-// `copying` threads fill stages beside the tensor memory accelerator.
-__device__ inline void create_barriers(int copying) {
+static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
+static_assert(8 * 8 + 4 * (MOST_EXPERTS + 1) <= HEAD, "");
+
+__device__ inline Address full(int stage) { return shared_base() + 8 * stage; }
+__device__ inline Address empty(int stage) { return full(4 + stage); }
+template <class Kind> __device__ inline Address left(int stage) { return shared_base() + HEAD + stage * Kind::STAGE; }
+template <class Kind> __device__ inline Address right(int stage) { return left<Kind>(stage) + LEFT; }
+// After the stages: a chunk of each multiplying warpgroup, or a fourth of one of each of its warps.
+template <class Kind> __device__ inline Address staging() { return left<Kind>(Kind::STAGES); }
+__device__ inline int* table(int number) {
+    return reinterpret_cast<int*>(dynamic + (number ? HEAD + Plain::STAGES * Plain::STAGE + 2 * CHUNK : 64));
+}
+
+// Which stage the n-th block of the summed dimension is in, and the parity of its phase.
+template <class Kind> struct Turn {
+    int stage, parity;
+    __device__ explicit Turn(int n) : stage(n % Kind::STAGES), parity(n / Kind::STAGES % 2) {}
+};
+
+__device__ inline void create_barriers() {
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < 4; ++stage) {
-            barrier_create(full(stage), 1 + copying);
+            barrier_create(full(stage), 1);
             barrier_create(empty(stage), 2 * BLOCKS);
-        }
-        for (int half = 0; half < 2; ++half) {
-            barrier_create(filled(half), 4);
-            barrier_create(emptied(half), 4);
         }
         barriers_created();
     }
@@ -50,16 +50,16 @@ __device__ inline void create_barriers(int copying) {
 
 __device__ inline int start_of(const int* offsets, int expert) { return expert ? offsets[expert - 1] : 0; }
 
-// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`;
-// table(1)[e]: parts before its own of experts with several. All threads of the block come here.
-__device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
+// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`; and of two
+// TABLES, table(1)[e]: parts before its own of experts with several. All threads of the block come here.
+template <int TABLES> __device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
         const int parts = (offsets[e] - start_of(offsets, e) + longest - 1) / longest;
         table(0)[e] = parts * each;
-        table(1)[e] = parts > 1 ? parts : 0;
+        if (TABLES > 1) table(1)[e] = parts > 1 ? parts : 0;
     }
     __syncthreads();
-    if (threadIdx.x < 2) {
+    if (threadIdx.x < TABLES) {
         int* counts = table(threadIdx.x);
         int before = 0;
         for (int e = 0; e < experts; ++e) {
@@ -73,9 +73,9 @@ __device__ inline void count_work(const int* offsets, int experts, int longest, 
 }
 
 // Starts: barriers, tables, and no block of the cluster before the others.
-__device__ inline void begin(const int* offsets, int experts, int longest, int each, int copying) {
-    create_barriers(copying);
-    count_work(offsets, experts, longest, each);
+template <int TABLES> __device__ inline void begin(const int* offsets, int experts, int longest, int each) {
+    create_barriers();
+    count_work<TABLES>(offsets, experts, longest, each);
     cluster_arrive();
     cluster_wait();
 }
@@ -92,39 +92,37 @@ __device__ inline void release(int stage) {
     if (threadIdx.x % 128 < BLOCKS) barrier_arrive(empty(stage), threadIdx.x % 128);
 }
 
-// The k-th block of a tile's summed dimension, n-th of all, added to acc, 64 rows by 128 columns twice; the block before
-// is handed back. *_ACROSS: the operand's rows lie along the summed dimension.
-template <int STAGES, int LEFT_ACROSS, int RIGHT_ACROSS>
-__device__ inline void add_block(float (&acc)[2][64], int n, int k, int half) {
+// acc (64, 128 or twice) += left · right, 16 of the summed dimension.
+template <int A, int B> __device__ inline void multiply(float (&acc)[1][64], unsigned long long a, unsigned long long b, int add) {
+    multiply_half<A, B>(acc[0], a, b, add);
+}
+
+// The k-th block of a tile's summed dimension, n-th of all, added to acc, 64 rows by 128 columns once or twice; the block
+// before is handed back. *_ACROSS: the operand's rows lie along the summed dimension.
+template <class Kind, int LEFT_ACROSS, int RIGHT_ACROSS, int N>
+__device__ inline void add_block(float (&acc)[N][64], int n, int k, int half) {
     constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // of 16 summed
-    const int stage = Turn<STAGES>(n).stage;
-    hold(acc[0]);
-    hold(acc[1]);
+    const int stage = Turn<Kind>(n).stage;
+#pragma unroll
+    for (int i = 0; i < N; ++i) hold(acc[i]);
     products_begin();
 #pragma unroll
-    for (int i = 0; i < DEPTH / 16; ++i) {
-        const unsigned long long rows = descriptor(left(stage) + half * BOX + i * left_step, BOX);
-        const Address matrix = right(stage) + i * right_step;
-        if (STAGES == PLAIN) {
-            multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, rows, descriptor(matrix, BOX), k + i > 0);
-        } else {  // 640 threads have too few registers for the instruction
-            multiply_half<LEFT_ACROSS, RIGHT_ACROSS>(acc[0], rows, descriptor(matrix, BOX), k + i > 0);
-            multiply_half<LEFT_ACROSS, RIGHT_ACROSS>(acc[1], rows, descriptor(matrix + 2 * BOX, BOX), k + i > 0);
-        }
-    }
+    for (int i = 0; i < DEPTH / 16; ++i)
+        multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, descriptor(left<Kind>(stage) + half * BOX + i * left_step, BOX),
+                                            descriptor(right<Kind>(stage) + i * right_step, BOX), k + i > 0);
     products_issued();
     if (k > 0) {
         products_wait<1>();
-        release(Turn<STAGES>(n - 1).stage);
+        release(Turn<Kind>(n - 1).stage);
     }
 }
 
 // After the last block, the n-th of all.
-template <int STAGES> __device__ inline void finish_blocks(float (&acc)[2][64], int n) {
+template <class Kind, int N> __device__ inline void finish_blocks(float (&acc)[N][64], int n) {
     products_wait<0>();
-    hold(acc[0]);
-    hold(acc[1]);
-    release(Turn<STAGES>(n).stage);
+#pragma unroll
+    for (int i = 0; i < N; ++i) hold(acc[i]);
+    release(Turn<Kind>(n).stage);
 }
 
 // Half of a warpgroup's columns, rounded, into shared memory, as the tensor memory accelerator has it.
@@ -168,7 +166,7 @@ __device__ inline float high(unsigned word) { return __uint_as_float(word & 0xff
 // The warpgroup's half of a tile to its place, whose first row the tile has `rows` of.
 __device__ inline void store_half(float (&acc)[2][64], const TensorMap& map, unsigned short* to, int row, int rows,
                                   int column, int stride, int half) {
-    const Address chunk = staging<PLAIN>(half);
+    const Address chunk = staging<Plain>() + half * CHUNK;
     rows -= 64 * half;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -181,18 +179,3 @@ __device__ inline void store_half(float (&acc)[2][64], const TensorMap& map, uns
         store_chunk(chunk, {map, to, row + 64 * half, column + 128 * i, stride}, rows);
     }
 }
-
-// Rows that are gathered: row r is that of token slot_of_row[r] / top_k in x (tokens, width). Warpgroup 0 copies them, 16
-// bytes at a time, since Hopper's accelerator cannot.
-struct Gathered {
-    const unsigned short* x;
-    const int* slot_of_row;
-    int rows, top_k, width;
-
-    // The token of a row; of the last one, past it.
-    __device__ int token(int row) const { return slot_of_row[min(row, rows - 1)] / top_k; }
-
-    __device__ const unsigned short* at(int token, int column) const {
-        return x + (static_cast<long long>(token) * width + column);
-    }
-};
