@@ -60,7 +60,7 @@ class Benchmark:
 
 
 def whole(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return next_token_loss(x, w, targets, chunk=1 << 62)
+    return F.cross_entropy((x @ w.to(x.dtype).T).float(), targets)
 
 
 def torchs_own(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,8 @@ from moelab.model.attention import linear
 
 # Tokens whose logits are there at once, by type of device: up to so many they are whole. Each further chunk reads and
 # writes the weight's gradient once more. For CPUs measured (`benchmarks/head.py`, docs/measured.md). For GPUs not yet:
-# of so many tokens the logits take 0.8 GB at V = 50,304 in bf16.
+# of so many tokens the logits take 0.8 GB at V = 50,304 in bf16. There the operator makes whole ones too: a compiler's
+# softmax and its gradient read them three times (5m, H200: 1.04 ms of a step's 3.38).
 CHUNK = {"cpu": 2048, "cuda": 8192}
 LINE = 128  # rows of a chunk are a multiple of it, for the tiles of the products
 
@@ -36,7 +37,7 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Cross-entropy of softmax(x @ w.T) with the targets, in nats.
 
-    Chunks are for the mean where it is differentiated; else the logits are whole, as many as the caller gives tokens.
+    The operator is for the mean where it is differentiated; else the logits are as many as the caller gives tokens.
 
     Args:
         x_TD: (T, D) floating point, after the last norm.
@@ -50,7 +51,7 @@ def next_token_loss(
     """
     chunk = chunk or CHUNK.get(x_TD.device.type, CHUNK["cuda"])
     learns = torch.is_grad_enabled() and (x_TD.requires_grad or w_VD.requires_grad)
-    if learns and reduction == "mean" and x_TD.shape[0] > chunk:
+    if learns and reduction == "mean" and (x_TD.is_cuda or x_TD.shape[0] > chunk):
         mean: torch.Tensor = torch.ops.moelab.head_loss(x_TD, w_VD, targets_T, chunk)[0]
         return mean
     logits_TV = linear(x_TD, w_VD, None)
@@ -87,6 +88,7 @@ def _(x: Any, w: Any, targets: Any, chunk: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else zeros, of the kept gradients, for each step
     ctx.save_for_backward(*output[1:])
 
 
@@ -118,8 +120,8 @@ def softmax_kernel(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     kernels.loss_and_gradient[(tokens,)](
-        logits, targets, losses, vocabulary, LANES=1024, EACH=8, num_warps=8
-    )  # fmt: skip
+        logits, targets, losses, VOCABULARY=vocabulary, LANES=1024, EACH=8, num_warps=32
+    )
     return losses
 
 
