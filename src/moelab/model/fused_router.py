@@ -137,9 +137,9 @@ def _route_backward(
         tokens, experts, TOP_K=top_k, SIGMOID=scores == "sigmoid", NORMALIZE=normalize,
         HAS_D_LOGITS=d_logits is not None, TOKENS=rows, EXPERTS_2=bins, num_warps=4,
     )  # fmt: skip
-    columns = min(128, _bins(width)) if bins <= 64 else 64
+    rows, columns = min(rows, 32), min(64, _bins(width))  # few registers, so that many loads are in flight
     across = -(-width // columns)
-    span = max(1, -(-tokens * across // (256 * 64))) * 64  # some 256 programs in all
+    span = max(1, -(-tokens * across // (1024 * rows))) * rows  # some 1,024 programs in all
     parts = torch.empty(-(-tokens // span), experts, width, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)
     kernels.route_backward[(across, len(parts))](

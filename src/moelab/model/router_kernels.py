@@ -1,12 +1,20 @@
 """The router's kernels: logits, choice and weights in one pass over x; all gradients in one pass over x.
 
-Logits are products in three tf32 parts ("tf32x3"), whose error is that of fp32. Sums run in a fixed order.
+Logits are products in three tf32 parts ("tf32x3"), whose error is that of fp32; in two where x is of 16 bits, which tf32
+holds exactly. Sums run in a fixed order.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _halves(x):
+    """The part of x that tf32 holds exactly, and the rest."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
 
 
 @triton.jit
@@ -60,11 +68,16 @@ def route(
     acc = tl.zeros((TOKENS, EXPERTS_2), tl.float32)
     for first in range(0, width, DEPTH):
         within = d < width - first
-        a = tl.load(at + first, mask=(t < tokens)[:, None] & within[None, :], other=0.0).to(tl.float32)
+        a = tl.load(at + first, mask=(t < tokens)[:, None] & within[None, :], other=0.0)
         b = tl.load(
             w + first + e[None, :] * width + d[:, None], mask=(e < experts)[None, :] & within[:, None], other=0.0
         )
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+        if a.dtype == tl.float32:
+            acc = tl.dot(a, b, acc, input_precision="tf32x3")
+        else:
+            high, low = _halves(b)
+            acc = tl.dot(a.to(tl.float32), low, acc, input_precision="tf32")
+            acc = tl.dot(a.to(tl.float32), high, acc, input_precision="tf32")
     inside = (e < experts)[None, :]
     tl.store(logits + t.to(tl.int64)[:, None] * experts + e[None, :], acc, mask=(t < tokens)[:, None] & inside)
     logarithms, p, scores = _scores(acc, inside, SIGMOID)
@@ -138,9 +151,14 @@ def route_backward(
             d_logits + t.to(tl.int64)[:, None] * experts + e[None, :],
             mask=(t < end)[:, None] & (e < experts)[None, :], other=0.0,
         )  # fmt: skip
-        a = tl.load(x + spot, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(x + spot, mask=mask, other=0.0)
         through = tl.load(d_through + spot, mask=mask, other=0.0).to(tl.float32)
         own = tl.dot(d, matrix, input_precision="tf32x3")
         tl.store(dx + spot, (through + own).to(dx.dtype.element_ty), mask=mask)
-        acc = tl.dot(tl.trans(d), a, acc, input_precision="tf32x3")
+        if a.dtype == tl.float32:
+            acc = tl.dot(tl.trans(d), a, acc, input_precision="tf32x3")
+        else:
+            high, low = _halves(d)
+            acc = tl.dot(tl.trans(low), a.to(tl.float32), acc, input_precision="tf32")
+            acc = tl.dot(tl.trans(high), a.to(tl.float32), acc, input_precision="tf32")
     tl.store(parts + (tl.program_id(1).to(tl.int64) * experts + e[:, None]) * width + c[None, :], acc, mask=inside)
