@@ -58,8 +58,8 @@ static Barrier cluster;
 static int current;
 static ucontext_t scheduler;
 static void (*kernel)(long long, long long, long long, long long, long long, long long, long long, long long, long long,
-                      long long, long long, long long, long long, long long);
-static long long arguments[14];
+                      long long, long long, long long, long long, long long, long long, long long);
+static long long arguments[16];
 
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
@@ -148,7 +148,8 @@ inline void store_line(void* to, const uint4& line) { std::memcpy(to, &line, 16)
 
 static void thread() {
     const long long* a = arguments;
-    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]);
+    kernel(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14],
+           a[15]);
     fibers[current].done = true;
     yield();
 }

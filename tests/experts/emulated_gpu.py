@@ -13,7 +13,7 @@ import torch
 
 from moelab.experts import nvrtc
 
-ARGUMENTS = 14  # of a kernel, at most
+ARGUMENTS = 16  # of a kernel, at most
 HERE = Path(__file__).parent
 EMULATED = {"ptx.cuh": HERE / "emulated_gpu.h", "hopper.cuh": HERE / "emulated_hopper.h"}
 

@@ -149,7 +149,7 @@ inline void products_issued() {}
 template <int LEFT> void products_wait() { warpgroup_barrier(8); }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply_half(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first = 0) {
+void multiply_columns(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     for (int i = 0; i < 64; ++i) {
         float sum = add ? d[i] : 0;
@@ -162,8 +162,8 @@ void multiply_half(float (&d)[64], unsigned long long a, unsigned long long b, i
 
 template <int A_ACROSS, int B_ACROSS>
 void multiply(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
-    multiply_half<A_ACROSS, B_ACROSS>(d[0], a, b, add);
-    multiply_half<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
+    multiply_columns<A_ACROSS, B_ACROSS>(d[0], a, b, add, 0);
+    multiply_columns<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
 }
 
 inline void hold(float (&)[64]) {}

@@ -19,7 +19,7 @@ from moelab.experts import cuda, nvrtc, reference
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-ROWS = ("dispatch", "combine", "combine_backward", "activate", "activate_backward", "bias_parts")
+ROWS = ("dispatch", "combine", "combine_backward", "activate", "activate_backward", "weighted_backward", "bias_parts")
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.no_compiler() is not None, reason=f"nothing to compile with: {nvrtc.no_compiler()}"

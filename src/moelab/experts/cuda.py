@@ -170,6 +170,23 @@ class Rows:
         )  # fmt: skip
         return d_z
 
+    def weighted_backward(
+        self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor, weights_TK: torch.Tensor,
+        d_rows_ND: torch.Tensor, b_out_ED: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """From d_h of rows without their weights: gradients of z, which overwrite it where they are of its size, and h
+        (N, F), both weighted; and gradients of the weights (T, K)."""
+        (rows, hidden), width = d_h_NF.shape, d_rows_ND.shape[1]
+        d_z = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z)
+        h_NF, d_weights_TK = torch.empty_like(d_h_NF), torch.empty_like(weights_TK)
+        self._run(
+            "weighted_backward", rows, z.data_ptr(), _address(bias), self.indices_TK.data_ptr(), self._slot_of_row,
+            self._kept, d_h_NF.data_ptr(), d_z.data_ptr(), weights_TK.data_ptr(), h_NF.data_ptr(), d_rows_ND.data_ptr(),
+            _address(b_out_ED), d_weights_TK.data_ptr(), rows, hidden, width,
+            _wide(hidden, bias, z) and _wide(width, b_out_ED, d_rows_ND),
+        )  # fmt: skip
+        return d_z, h_NF, d_weights_TK
+
     def bias_gradient(self, rows: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
         """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
         those of each expert's slots are summed, times the weights."""
@@ -189,19 +206,6 @@ class Rows:
             self.routing.offsets.data_ptr(), out.data_ptr(), width,
         )  # fmt: skip
         return out
-
-    def slot_gradient(
-        self, partial: torch.Tensor, d_out_TD: torch.Tensor, bias_ED: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Gradients of the weights (T, K): sums of partial (N, B) fp32, and ⟨d_out, bias of the expert⟩."""
-        (tokens, top_k), width = self.indices_TK.shape, d_out_TD.shape[1]
-        d_weights_TK = partial.new_empty(tokens, top_k)
-        self._run(
-            "slot_gradient", tokens * top_k, partial.data_ptr(), self._row_of_slot, self._kept, d_out_TD.data_ptr(),
-            self.indices_TK.data_ptr(), _address(bias_ED), d_weights_TK.data_ptr(), tokens * top_k, top_k,
-            partial.shape[1], width, _wide(width, bias_ED, d_out_TD),
-        )  # fmt: skip
-        return d_weights_TK
 
     def clear_idle(self, d_in: torch.Tensor, d_out: torch.Tensor) -> None:
         """Zeros in two tensors (E, …) for experts without rows."""

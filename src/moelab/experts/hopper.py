@@ -1,12 +1,12 @@
 """Backend `hopper`: the products too in CUDA C++ (`hopper.cu`), for compute capability 9.0 and bf16.
 
-    x ──dispatch──▶ rows ──W_in, + b_in, activation──▶ z, h ──W_out──▶ row outputs ──combine, + b_out, weights──▶ y
+    x ──dispatch──▶ rows ──W_in──▶ z ──+ b_in, activation──▶ h ──W_out──▶ row outputs ──combine, + b_out, weights──▶ y
 
-Products run on warpgroup matrix units; those with the activation or its backward have two blocks on a multiprocessor,
-of which one follows the curve while the other multiplies. Routing, dispatch and combine are those of the backend `cuda`.
+Products run on warpgroup matrix units, with loads and stores by the tensor memory accelerator; the rest are the kernels
+of the backend `cuda`.
 
-- What is kept for the backward pass is x, the activation's input z (N·F) and the routing. Rows of x are gathered again;
-  the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
+- What is kept for the backward pass is x, z (N·F) and the routing. Rows of x are gathered again, and h is computed
+  again beside its gradient; the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
 - No float atomics and no host synchronisation: the same call twice gives the same bits, and a step can be captured.
 
 Both passes are operators of `torch.library`, with shapes for the compiler and a backward formula.
@@ -26,12 +26,9 @@ from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
-ROWS = 128  # of a product's tile: tiles.cuh
-COLUMNS, CURVED_COLUMNS = 256, 128  # of one without and with a curve; of those two blocks share a multiprocessor
-THREADS, CURVED_THREADS = 384, 256
+ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
-TABLE = 4 * (MOST_EXPERTS + 1)
-SHARED, CURVED_SHARED = 1024 + 224 * 1024 + TABLE, 1024 + 112 * 1024
+SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
 SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
 SPARE = 1.0625  # times the rows of an even expert: a few more are not another part
 
@@ -56,7 +53,7 @@ def identity(device: torch.device) -> tuple[str, ...]:
     from cuda.bindings import nvrtc as compiler
 
     versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], torch.__version__)
-    return (_source("gelu", 1).text(), torch.cuda.get_device_name(device), repr(versions))
+    return (_source(1).text(), torch.cuda.get_device_name(device), repr(versions))
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
@@ -64,8 +61,6 @@ def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministi
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         return f"precision = {name}: the backend hopper takes bf16; give --precision bf16 or another --backend"
-    if activation == "swiglu":
-        return "activation = swiglu: the backend hopper takes the others; give another --backend"
     return None
 
 
@@ -104,10 +99,8 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _source(activation: str, blocks: int) -> nvrtc.Source:
-    number = rows_backend.ACTIVATIONS.index(activation)
-    headers = ("ptx.cuh", "curve.cuh", "hopper.cuh", "tiles.cuh")
-    return nvrtc.Source("hopper.cu", ("ACTIVATION", number), headers=headers, feature="a", blocks=blocks)
+def _source(blocks: int) -> nvrtc.Source:
+    return nvrtc.Source("hopper.cu", headers=("ptx.cuh", "hopper.cuh", "tiles.cuh"), feature="a", blocks=blocks)
 
 
 @functools.cache
@@ -120,80 +113,56 @@ class Products:
 
     Args:
         launch: on the device.
-        activation: whose curve is followed.
         offsets: (E,) int32, the row after each expert's last.
         device: of the tensors.
     """
 
-    def __init__(self, launch: nvrtc.Launch, activation: str, offsets: torch.Tensor, device: torch.device) -> None:
-        self.launch, self.activation, self.offsets, self.device = launch, activation, offsets, device
+    def __init__(self, launch: nvrtc.Launch, offsets: torch.Tensor, device: torch.device) -> None:
+        self.launch, self.offsets, self.device = launch, offsets, device
 
-    def up(
-        self, rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        """rows (N, I), w (E, O, I) → z = rows · wᵀ + bias and h = act(z), (N, O)."""
-        self._product("up", rows, w, (z, h), 0 if bias is None else bias.data_ptr())
+    def forward(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """rows (N, I), w (E, O, I) → rows · wᵀ, (N, O)."""
+        return self._product("forward", rows, w, w.shape[1], 128)
 
-    def down(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """rows (N, I), w (E, O, I) → out = rows · wᵀ, (N, O)."""
-        return self._product("down", rows, w, (out,))
+    def backward(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """rows (N, I), w (E, I, O) → rows · w, (N, O)."""
+        return self._product("backward", rows, w, w.shape[2], 64)
 
-    def back(self, rows: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """rows (N, I), w (E, I, O) → out = rows · w, (N, O)."""
-        return self._product("back", rows, w, (out,))
-
-    def slope(
-        self, rows: torch.Tensor, w: torch.Tensor, d_z: torch.Tensor, h: torch.Tensor, z: torch.Tensor,
-        weights: torch.Tensor, slot_of_row: torch.Tensor, partial: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Rows (N, I) without their weights, w (E, I, O), z (N, O) → weight · (rows · w) · act'(z) and weight · act(z).
-
-        partial (N, O / 128), fp32: Σ (rows · w) · act(z) over the columns of a tile.
-        """
-        given = (z, weights, slot_of_row, partial)
-        self._product("slope", rows, w, (d_z, h), *(t.data_ptr() for t in given))
-
-    def _product(
-        self, name: str, rows: torch.Tensor, w: torch.Tensor, results: tuple[torch.Tensor, ...], *given: int
-    ) -> torch.Tensor:
-        """The first result."""
-        (count, inside), outside = rows.shape, results[0].shape[1]
+    def _product(self, name: str, rows: torch.Tensor, w: torch.Tensor, outside: int, box: int) -> torch.Tensor:
+        count, inside = rows.shape
+        out = rows.new_empty(count, outside)
         if count > 0:
-            curved = name in ("up", "slope")
-            blocks = _cluster(outside, CURVED_COLUMNS if curved else COLUMNS)
-            maps = [self.launch.map(rows, ROWS // blocks)]
-            maps += [self.launch.map(w.flatten(0, 1), 128 if name in ("up", "down") else 64)]
-            maps += [] if curved else [self.launch.map(results[0], 64)]
-            addresses = (t.data_ptr() for t in results)
-            sizes = (len(self.offsets), inside, outside)
-            self._run(name, blocks, curved, *maps, self.offsets.data_ptr(), *sizes, *addresses, *given)
-        return results[0]
+            blocks = _cluster(outside)
+            maps = [self.launch.map(rows, ROWS // blocks), self.launch.map(w.flatten(0, 1), box)]
+            maps += [self.launch.map(out, 64)]
+            sizes = len(self.offsets), inside, outside
+            self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
+        return out
 
     def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """Σ over an expert's rows of d_y ⊗ x, like w (E, O, I): d_y (N, O), x (N, I)."""
         experts, outside, inside = w.shape
         if len(x) == 0:
             return torch.zeros_like(w)
-        blocks, dw = _cluster(inside, COLUMNS), torch.empty_like(w)
+        blocks, dw = _cluster(inside), torch.empty_like(w)
         tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
         longest = _rows_at_once(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
         several = 2 * len(x) // longest if len(x) > longest else 0
         parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
         maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
         self._run(
-            "weight_gradient", blocks, False, *maps, self.offsets.data_ptr(), experts, outside, inside, longest,
+            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, longest,
             dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
         self.launch(
-            _source(self.activation, blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
+            _source(blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
             self.offsets.data_ptr(), dw.data_ptr(), outside * inside, longest,
         )  # fmt: skip
         return dw
 
-    def _run(self, name: str, blocks: int, curved: bool, *arguments: Any) -> None:
-        grid = ((2 if curved else 1) * _multiprocessors(self.device) // blocks * blocks, 1)
-        threads, shared = (CURVED_THREADS, CURVED_SHARED) if curved else (THREADS, SHARED)
-        self.launch(_source(self.activation, blocks), name, grid, (threads, 1), *arguments, shared=shared)
+    def _run(self, name: str, blocks: int, *arguments: Any) -> None:
+        grid = (_multiprocessors(self.device) // blocks * blocks, 1)
+        self.launch(_source(blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
 
 
 def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
@@ -211,9 +180,9 @@ def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
     return max(SHORTEST, -(-int(even / cuts * SPARE) // 64) * 64)
 
 
-def _cluster(outside: int, columns: int) -> int:
+def _cluster(outside: int) -> int:
     """Blocks of a cluster, which have neighbouring tiles of columns."""
-    return 2 if outside % (2 * columns) == 0 else 1
+    return 2 if outside % (2 * COLUMNS) == 0 else 1
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -228,11 +197,9 @@ def hopper_experts(
     with nvrtc.launches(x.device) as launch:
         routing = rows_backend.route(launch, indices, w_in.shape[0])
         kernels = Rows(launch, rows_backend._rows(x.dtype, activation), routing, indices)
-        products = Products(launch, activation, routing.offsets, x.device)
-        z = x.new_empty(indices.numel(), w_in.shape[1])
-        h = torch.empty_like(z)
-        products.up(kernels.dispatch(x), w_in, z, h, b_in)
-        outputs = products.down(h, w_out, x.new_empty(len(z), x.shape[1]))
+        products = Products(launch, routing.offsets, x.device)
+        z = products.forward(kernels.dispatch(x), w_in)
+        outputs = products.forward(kernels.activate(z, b_in, w_out.shape[2]), w_out)
         return kernels.combine(outputs, weights, b_out), z, *routing
 
 
@@ -255,17 +222,16 @@ def hopper_experts_backward(
     with nvrtc.launches(dy.device) as launch:
         routing = Routing(row_of_slot, slot_of_row, offsets)
         kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
-        products = Products(launch, activation, offsets, dy.device)
-        d_z, h, d_rows = torch.empty_like(z), torch.empty_like(z), kernels.dispatch(dy)
-        partial = weights.new_empty(len(z), z.shape[1] // CURVED_COLUMNS)
-        products.slope(d_rows, w_out, d_z, h, z, weights, slot_of_row, partial)
-        d_weights = kernels.slot_gradient(partial, dy, b_out)
+        products = Products(launch, offsets, dy.device)
+        d_rows = kernels.dispatch(dy)
+        d_h = products.backward(d_rows, w_out)
+        d_z, h, d_weights = kernels.weighted_backward(z, b_in, d_h, weights, d_rows, b_out)
         d_w_out = products.weight_gradient(d_rows, h, w_out)
-        del h, d_rows
+        del d_rows, d_h, h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
         d_w_in = products.weight_gradient(d_z, kernels.dispatch(x), w_in)
         d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
-        d_x = kernels.combine(products.back(d_z, w_in, dy.new_empty(len(z), dy.shape[1])))
+        d_x = kernels.combine(products.backward(d_z, w_in))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 
 

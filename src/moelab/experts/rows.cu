@@ -292,14 +292,18 @@ activate(const Element* z, const Element* bias, const Index* indices, const int*
     BY_WIDTH(wide, activate_row, z, bias, h, row, expert, hidden);
 }
 
-template <int V> __device__ void activate_row_backward(
-    const Element* __restrict__ z, const Element* __restrict__ bias, const Element* d_h, Element* d_z, Index row,
-    Index expert, Index hidden) {
+// A row's gradient of z from d_h; WEIGHTED, times the row's weight, which h = weight · act(z + bias) is too. Returns this
+// lane's share of ⟨d_h, act(z + bias)⟩.
+template <int V, bool WEIGHTED> __device__ float activate_row_backward(
+    const Element* __restrict__ z, const Element* __restrict__ bias, const Element* d_h, Element* d_z,
+    Element* __restrict__ h, Index row, Index expert, Index hidden, float weight) {
     constexpr int AHEAD = 4 / PARTS;
+    float sum = 0.0f;
     z += row * PARTS * hidden;
     if (bias) bias += expert * PARTS * hidden;
     d_h += row * hidden;
     d_z += row * PARTS * hidden;
+    if (WEIGHTED) h += row * hidden;
     for (Index at = threadIdx.x * V; at < hidden; at += AHEAD * 32 * V) {
         Chunk<V> chunk[AHEAD][PARTS], d[AHEAD];
 #pragma unroll
@@ -324,13 +328,21 @@ template <int V> __device__ void activate_row_backward(
 #pragma unroll
             for (int j = 0; j < V; ++j) {
                 const Curve at_gate = curve(value[0][j]);
-                value[0][j] = gradient[j] * at_gate.slope * (GATED ? value[PARTS - 1][j] : 1.0f);
+                const float factor = GATED ? value[PARTS - 1][j] : 1.0f;
+                if (WEIGHTED) {
+                    sum += gradient[j] * at_gate.height * factor;
+                    gradient[j] *= weight;
+                }
+                value[0][j] = gradient[j] * at_gate.slope * factor;
                 if (GATED) value[PARTS - 1][j] = gradient[j] * at_gate.height;
+                if (WEIGHTED) gradient[j] = weight * at_gate.height * factor;
             }
 #pragma unroll
             for (int part = 0; part < PARTS; ++part) store(d_z + part * hidden + here, narrow(value[part]));
+            if (WEIGHTED) store(h + here, narrow(gradient));
         }
     }
+    return sum;
 }
 
 // d_h (N, F) → d_z (N, F; 2F for swiglu) = d_h · act'(z + bias). d_z may be d_h itself, except for swiglu.
@@ -340,7 +352,45 @@ activate_backward(const Element* z, const Element* bias, const Index* indices, c
     const Index row = warp_of_grid();
     if (row >= *kept) return;
     const Index expert = bias ? indices[slot_of_row[row]] : 0;
-    BY_WIDTH(wide, activate_row_backward, z, bias, d_h, d_z, row, expert, hidden);
+    if (wide) activate_row_backward<LINE, false>(z, bias, d_h, d_z, nullptr, row, expert, hidden, 1.0f);
+    else activate_row_backward<1, false>(z, bias, d_h, d_z, nullptr, row, expert, hidden, 1.0f);
+}
+
+template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
+                                                  Index width) {
+    float sum = 0.0f;
+    for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
+        float a[V] = {}, b[V] = {};
+        add<V>(a, one + at);
+        add<V>(b, other + at);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum += a[j] * b[j];
+    }
+    return sum;
+}
+
+// The same where h was not kept and d_h is of rows without their weights (T, K): d_z and h = act(z + bias), both weighted,
+// and d_weights (T, K) = ⟨d_h, act(z + bias)⟩, + ⟨d_rows (N, D), b_out (E, D)⟩ where b_out is not 0; 0 for a dropped slot.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+weighted_backward(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row, const int* kept,
+                  const Element* d_h, Element* d_z, const float* weights, Element* h, const Element* d_rows,
+                  const Element* b_out, float* d_weights, Index rows, Index hidden, Index width, Index wide) {
+    const Index row = warp_of_grid();
+    if (row >= rows) return;
+    const int slot = slot_of_row[row];
+    float sum = 0.0f;
+    if (row < *kept) {
+        const Index expert = bias || b_out ? indices[slot] : 0;
+        const float weight = weights[slot];
+        sum = wide ? activate_row_backward<LINE, true>(z, bias, d_h, d_z, h, row, expert, hidden, weight)
+                   : activate_row_backward<1, true>(z, bias, d_h, d_z, h, row, expert, hidden, weight);
+        if (b_out) {
+            const Element *one = d_rows + row * width, *other = b_out + expert * width;
+            sum += wide ? product_of_rows<LINE>(one, other, width) : product_of_rows<1>(one, other, width);
+        }
+    }
+    sum = sum_of_lanes(sum);
+    if (threadIdx.x == 0) d_weights[slot] = sum;
 }
 
 // Gradients of the experts' parameters
@@ -419,40 +469,6 @@ bias_gradient(const float* sums, const int* offsets, Element* out, Index width) 
     float sum[1] = {};
     for (Index part = first; part < first + parts; ++part) sum[0] += sums[part * width + at];
     store(out + blockIdx.y * width + at, narrow(sum));
-}
-
-template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
-                                                  Index width) {
-    float sum = 0.0f;
-    for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
-        float a[V] = {}, b[V] = {};
-        add<V>(a, one + at);
-        add<V>(b, other + at);
-#pragma unroll
-        for (int j = 0; j < V; ++j) sum += a[j] * b[j];
-    }
-    return sum;
-}
-
-// d_weights (T, K) = Σ of the slot's row in partial (N, B), and ⟨d_out[t], bias of its expert⟩ where bias is not 0; 0 for
-// a dropped slot.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
-slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const Element* d_out,
-              const Index* indices, const Element* bias, float* d_weights, Index slots, Index top_k, Index blocks,
-              Index width, Index wide) {
-    const Index slot = warp_of_grid();
-    if (slot >= slots) return;
-    const Index row = row_of_slot[slot];
-    float sum = 0.0f;
-    if (row < *kept) {
-        for (Index at = threadIdx.x; at < blocks; at += 32) sum += partial[row * blocks + at];
-        if (bias) {
-            const Element *dy = d_out + slot / top_k * width, *b = bias + indices[slot] * width;
-            sum += wide ? product_of_rows<LINE>(dy, b, width) : product_of_rows<1>(dy, b, width);
-        }
-    }
-    sum = sum_of_lanes(sum);
-    if (threadIdx.x == 0) d_weights[slot] = sum;
 }
 
 // Zeros in both weight gradients, of `size` elements an expert, of experts without rows. Grid: (any, E).

@@ -1,46 +1,34 @@
 // What the products of hopper.cu are made of: stages of shared memory that are loaded, multiplied and handed back, and
 // tiles of results. It stands after hopper.cuh.
 
-constexpr int ROWS = 128, DEPTH = 64;  // of a tile, and of the summed dimension at once
-constexpr int BOX = 64 * 128;          // bytes of 64 rows of 64 numbers
-constexpr int CHUNK = 2 * BOX;         // of a result's 64 rows and 128 columns in bf16
-constexpr int LEFT = 2 * BOX;
-constexpr int HEAD = 1024;  // where the stages stand, after the barriers and a table
+constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64;  // of a tile, and of the summed dimension at once
+constexpr int BOX = 64 * 128;                         // bytes of 64 rows of 64 numbers
+constexpr int CHUNK = 2 * BOX;                        // of a result's 64 rows and 128 columns in bf16
+constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX, STAGES = 4;
+constexpr int STAGING = STAGES * STAGE;       // a chunk of each multiplying warpgroup
+constexpr int BARRIERS = STAGING + 2 * CHUNK;
+constexpr int TABLES = BARRIERS + 2 * STAGES * 8;
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
 constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
 
-// A product without a curve has a multiprocessor to itself; of those with one there are two on it, and one follows the
-// curve while the other multiplies. COLUMNS of a tile.
-struct Plain {
-    static constexpr int COLUMNS = 256, STAGES = 4, STAGE = LEFT + 4 * BOX;
-};
-struct Curved {
-    static constexpr int COLUMNS = 128, STAGES = 3, STAGE = LEFT + 2 * BOX;
-};
-
 static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
-static_assert(8 * 8 + 4 * (MOST_EXPERTS + 1) <= HEAD, "");
 
-__device__ inline Address full(int stage) { return shared_base() + 8 * stage; }
-__device__ inline Address empty(int stage) { return full(4 + stage); }
-template <class Kind> __device__ inline Address left(int stage) { return shared_base() + HEAD + stage * Kind::STAGE; }
-template <class Kind> __device__ inline Address right(int stage) { return left<Kind>(stage) + LEFT; }
-// After the stages: a chunk of each multiplying warpgroup, or a fourth of one of each of its warps.
-template <class Kind> __device__ inline Address staging() { return left<Kind>(Kind::STAGES); }
-__device__ inline int* table(int number) {
-    return reinterpret_cast<int*>(dynamic + (number ? HEAD + Plain::STAGES * Plain::STAGE + 2 * CHUNK : 64));
-}
+__device__ inline Address full(int stage) { return shared_base() + BARRIERS + 8 * stage; }
+__device__ inline Address empty(int stage) { return full(STAGES + stage); }
+__device__ inline Address left(int stage) { return shared_base() + stage * STAGE; }
+__device__ inline Address right(int stage) { return left(stage) + LEFT; }
+__device__ inline int* table(int number) { return reinterpret_cast<int*>(dynamic + TABLES) + number * (MOST_EXPERTS + 1); }
 
 // Which stage the n-th block of the summed dimension is in, and the parity of its phase.
-template <class Kind> struct Turn {
+struct Turn {
     int stage, parity;
-    __device__ explicit Turn(int n) : stage(n % Kind::STAGES), parity(n / Kind::STAGES % 2) {}
+    __device__ explicit Turn(int n) : stage(n % STAGES), parity(n / STAGES % 2) {}
 };
 
 __device__ inline void create_barriers() {
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < 4; ++stage) {
+        for (int stage = 0; stage < STAGES; ++stage) {
             barrier_create(full(stage), 1);
             barrier_create(empty(stage), 2 * BLOCKS);
         }
@@ -50,16 +38,16 @@ __device__ inline void create_barriers() {
 
 __device__ inline int start_of(const int* offsets, int expert) { return expert ? offsets[expert - 1] : 0; }
 
-// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`; and of two
-// TABLES, table(1)[e]: parts before its own of experts with several. All threads of the block come here.
-template <int TABLES> __device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
+// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`;
+// table(1)[e]: parts before its own of experts with several. All threads of the block come here.
+__device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
         const int parts = (offsets[e] - start_of(offsets, e) + longest - 1) / longest;
         table(0)[e] = parts * each;
-        if (TABLES > 1) table(1)[e] = parts > 1 ? parts : 0;
+        table(1)[e] = parts > 1 ? parts : 0;
     }
     __syncthreads();
-    if (threadIdx.x < TABLES) {
+    if (threadIdx.x < 2) {
         int* counts = table(threadIdx.x);
         int before = 0;
         for (int e = 0; e < experts; ++e) {
@@ -73,9 +61,9 @@ template <int TABLES> __device__ inline void count_work(const int* offsets, int 
 }
 
 // Starts: barriers, tables, and no block of the cluster before the others.
-template <int TABLES> __device__ inline void begin(const int* offsets, int experts, int longest, int each) {
+__device__ inline void begin(const int* offsets, int experts, int longest, int each) {
     create_barriers();
-    count_work<TABLES>(offsets, experts, longest, each);
+    count_work(offsets, experts, longest, each);
     cluster_arrive();
     cluster_wait();
 }
@@ -92,37 +80,32 @@ __device__ inline void release(int stage) {
     if (threadIdx.x % 128 < BLOCKS) barrier_arrive(empty(stage), threadIdx.x % 128);
 }
 
-// acc (64, 128 or twice) += left · right, 16 of the summed dimension.
-template <int A, int B> __device__ inline void multiply(float (&acc)[1][64], unsigned long long a, unsigned long long b, int add) {
-    multiply_half<A, B>(acc[0], a, b, add);
-}
-
-// The k-th block of a tile's summed dimension, n-th of all, added to acc, 64 rows by 128 columns once or twice; the block
-// before is handed back. *_ACROSS: the operand's rows lie along the summed dimension.
-template <class Kind, int LEFT_ACROSS, int RIGHT_ACROSS, int N>
-__device__ inline void add_block(float (&acc)[N][64], int n, int k, int half) {
+// The k-th block of a tile's summed dimension, n-th of all, added to acc, 64 rows by 256 columns; the block before is
+// handed back. *_ACROSS: the operand's rows lie along the summed dimension.
+template <int LEFT_ACROSS, int RIGHT_ACROSS>
+__device__ inline void add_block(float (&acc)[2][64], int n, int k, int half) {
     constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // of 16 summed
-    const int stage = Turn<Kind>(n).stage;
-#pragma unroll
-    for (int i = 0; i < N; ++i) hold(acc[i]);
+    const int stage = Turn(n).stage;
+    hold(acc[0]);
+    hold(acc[1]);
     products_begin();
 #pragma unroll
     for (int i = 0; i < DEPTH / 16; ++i)
-        multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, descriptor(left<Kind>(stage) + half * BOX + i * left_step, BOX),
-                                            descriptor(right<Kind>(stage) + i * right_step, BOX), k + i > 0);
+        multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, descriptor(left(stage) + half * BOX + i * left_step, BOX),
+                                            descriptor(right(stage) + i * right_step, BOX), k + i > 0);
     products_issued();
     if (k > 0) {
         products_wait<1>();
-        release(Turn<Kind>(n - 1).stage);
+        release(Turn(n - 1).stage);
     }
 }
 
 // After the last block, the n-th of all.
-template <class Kind, int N> __device__ inline void finish_blocks(float (&acc)[N][64], int n) {
+__device__ inline void finish_blocks(float (&acc)[2][64], int n) {
     products_wait<0>();
-#pragma unroll
-    for (int i = 0; i < N; ++i) hold(acc[i]);
-    release(Turn<Kind>(n).stage);
+    hold(acc[0]);
+    hold(acc[1]);
+    release(Turn(n).stage);
 }
 
 // Half of a warpgroup's columns, rounded, into shared memory, as the tensor memory accelerator has it.
@@ -160,13 +143,10 @@ __device__ inline void store_chunk(Address chunk, const Place& place, int rows) 
                    load_line(chunk + line / 8 * BOX + row * 128 + ((line % 8 ^ row & 7) << 4)));
 }
 
-__device__ inline float low(unsigned word) { return __uint_as_float(word << 16); }
-__device__ inline float high(unsigned word) { return __uint_as_float(word & 0xffff0000u); }
-
 // The warpgroup's half of a tile to its place, whose first row the tile has `rows` of.
 __device__ inline void store_half(float (&acc)[2][64], const TensorMap& map, unsigned short* to, int row, int rows,
                                   int column, int stride, int half) {
-    const Address chunk = staging<Plain>() + half * CHUNK;
+    const Address chunk = shared_base() + STAGING + half * CHUNK;
     rows -= 64 * half;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
