@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -407,16 +408,20 @@ def _timed(
     show: Callable[[dict[str, Any], Console], None],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """Measures, prints, and writes what is to be written."""
+    """Measures, prints, and writes what is to be written; after Ctrl-C or SIGTERM what there is."""
     _check_writable(flags.json)
     _check_writable(flags.picture, "picture")
-    results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` sends it: what was timed is kept
+    try:
+        results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     show(results, Console())
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
     if flags.picture:
         draw(results, flags.picture)
-    if results.get("stopped"):
+    if results["stopped"]:
         raise KeyboardInterrupt
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,33 @@ def test_what_was_timed_before_ctrl_c_is_written(
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row.get("reason") for row in rows] == [None, "stopped"]
     assert "dense-wide: no time: stopped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "last", "timed"),
+    [
+        ("step --sizes smoke --arms dense moe --sequences 1 --rounds 1 --steps 1", "smoke moe", [("dense", None)]),
+        ("layer --widths 16 24 --tokens 20 --rounds 300 --backends grouped_mm", "D = 24", [(16, "grouped_mm")]),
+    ],
+    ids=["step", "layer"],
+)
+def test_what_was_timed_before_sigterm_is_written(
+    words: str, last: str, timed: list[tuple[object, object]], tmp_path: Path
+) -> None:
+    """As `timeout` sends it."""
+    file = tmp_path / "a.json"
+    command = [sys.executable, "-m", "moelab", "bench", *words.split(), "--device", "cpu", "--json", str(file)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while last not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        process.terminate()
+        process.communicate(timeout=100)
+    assert process.returncode == 130
+    results = json.loads(file.read_text())
+    assert results["stopped"]
+    found = [(row.get("arm", row.get("width")), row["backend"]) for row in results["rows"] if "reason" not in row]
+    assert [row for row in found if row[1] != "dense twin"] == timed
 
 
 def test_what_has_no_memory_for_its_parts_keeps_its_time(

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 
 from moelab.config import MoEConfig, RunConfig
-from moelab.experts import backend_of, choice, expert_mlp, mlp, reference
-from moelab.experts.choice import ORDER, Shape
+from moelab.experts import backend_of, choice, expert_mlp, mlp, reference, self_check
+from moelab.experts.choice import GPU_ORDER, ORDER, Shape
 from moelab.training import train
 
 CPU = torch.device("cpu")
@@ -72,9 +72,13 @@ def test_the_fastest_at_the_nearest_shape_comes_first_and_the_reference_last(tim
 
 
 def test_what_was_not_measured_has_the_stated_order_and_says_so(times: str) -> None:
-    for devices, dtype in (("CPUs with bf16 units", torch.bfloat16), (times, torch.float32)):
+    for devices, dtype, right in (
+        ("CPUs with bf16 units", torch.bfloat16, ORDER),
+        (times, torch.float32, GPU_ORDER),
+        ("compute capability 8.6", torch.float32, GPU_ORDER),
+    ):
         found = choice.order(devices, dtype, SMALL)
-        assert found.backends == ORDER
+        assert found.backends == right
         assert found.basis == f"{str(dtype).removeprefix('torch.')} was not measured on {devices}"
 
 
@@ -109,9 +113,19 @@ def test_of_the_gpus_measured_the_nearest_stands_in(tmp_path: Path, monkeypatch:
     assert first == {"8.0": "triton", "10.0": "triton", "12.1": "cuda"}
 
 
-def test_every_backend_of_the_order_is_one_that_auto_may_pick() -> None:
-    assert set(ORDER) < set(mlp.BACKENDS)
-    assert ORDER[-1] == "reference"
+def test_every_backend_of_the_orders_is_one_that_auto_may_pick() -> None:
+    assert set(ORDER) == set(GPU_ORDER) < set(mlp.BACKENDS)
+    assert ORDER[-1] == GPU_ORDER[-1] == "reference"
+
+
+def test_a_precision_that_a_backend_does_not_take_is_passed_over() -> None:
+    """On a GPU, where both come before those that take float64."""
+    for backend in ("triton", "cuda"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert self_check.refusal(mlp.BACKENDS[backend], dtype, "gelu", bias=True) is None
+        assert "precision = float64: " in str(
+            self_check.refusal(mlp.BACKENDS[backend], torch.float64, "gelu", bias=True)
+        )
 
 
 def test_the_committed_table_has_what_it_was_measured_on() -> None:

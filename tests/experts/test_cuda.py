@@ -284,9 +284,8 @@ def test_the_operators_fit_their_fake_kernels_and_trace_into_one_graph() -> None
 
 def test_what_the_kernels_do_not_take_is_refused_in_one_line() -> None:
     x, weights, indices = torch.ones(2, 4), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)
-    w = torch.ones(1, 4, 4)
-    with pytest.raises(UsageError, match=r"x = torch\.float64: the backend cuda takes bf16, fp16 and fp32"):
-        cuda.expert_mlp(x.double(), weights, indices, w, w, None, None, "gelu")
+    refused = cuda.refuses(torch.float64, "gelu", bias=True, deterministic=False)
+    assert refused == "precision = float64: the backend cuda takes bf16, fp16 and fp32; give another --backend"
     many = torch.ones(3001, 4, 4)
     with pytest.raises(UsageError, match="experts = 3001: the backend cuda takes 3000"):
         cuda.expert_mlp(x, weights, indices, many, many, None, None, "gelu")

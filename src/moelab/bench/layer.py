@@ -120,9 +120,10 @@ def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: Non
 
     Returns:
         {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings", "tokens",
-        "rows": [{"width", "backend", "error" (worst relative error against float64) or "reason" (why there is no time),
-        "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "tflops", "peak_mib", "kept_mib", "ratio"
-        (busy over the twin's; wall on a CPU)}]}; what a device cannot measure is None.
+        "stopped" (by Ctrl-C, at a width that has no rows), "rows": [{"width", "backend", "error" (worst relative error
+        against float64) or "reason" (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms",
+        "backward_ms", "tflops", "peak_mib", "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device
+        cannot measure is None.
 
     Raises:
         UsageError: a device, precision or backend that is not there.
@@ -140,9 +141,13 @@ def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: Non
         obstacles = {name: reason for name, reason in obstacles.items() if name in settings.backends}
     tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
     rows = []
-    for width in settings.widths:
-        say(f"D = {width}")
-        rows += _width(settings, width, tokens, device, dtype, obstacles)
+    stopped = False
+    try:
+        for width in settings.widths:
+            say(f"D = {width}")
+            rows += _width(settings, width, tokens, device, dtype, obstacles)
+    except KeyboardInterrupt:  # the widths that were timed are not lost
+        stopped = True
     return {
         "environment": environment(device, dtype),
         "devices": device_class(device),
@@ -150,6 +155,7 @@ def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: Non
         "date": datetime.now(UTC).date().isoformat(),
         "settings": asdict(settings),
         "tokens": tokens,
+        "stopped": stopped,
         "rows": rows,
     }
 

@@ -2,8 +2,8 @@
 
 `measured.json` has the times, made by `benchmarks/choose.py` from what `moelab bench layer --json` wrote. The nearest
 measured shape decides. Where nothing was measured the other 16-bit type stands in, or for a GPU the nearest one, and
-else the order is `ORDER`. The number of tokens has no say, so that training, evaluation and sampling of one model use
-one backend, and a compiled graph does not depend on it.
+else the order is `ORDER`, on NVIDIA GPUs `GPU_ORDER`. The number of tokens has no say, so that training, evaluation and
+sampling of one model use one backend, and a compiled graph does not depend on it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moelab.device import cpu_has_bf16
 # Of `auto` where nothing was measured. `reference` stays last wherever it stands in the times: it breaks a compiled
 # graph, as megablocks does, which is not here at all.
 ORDER = ("grouped_mm", "triton", "cuda", "reference")
+GPU_ORDER = ("triton", "cuda", "grouped_mm", "reference")  # in fp32 the products of all but triton wait for the host
 OTHER_HALF = {"float16": ("bfloat16",), "bfloat16": ("float16",)}  # whose times stand in where there are none
 CAPABILITY = "compute capability"
 TABLE = Path(__file__).with_name("measured.json")
@@ -71,6 +72,7 @@ def device_class(device: torch.device) -> str:
 def order(devices: str, dtype: torch.dtype, shape: Shape) -> Order:
     """What `auto` tries for experts of a shape on a class of devices, fastest first."""
     precision = str(dtype).removeprefix("torch.")
+    unmeasured = _unmeasured(devices)
     for known in _alike(devices):
         for measured in (precision, *OTHER_HALF.get(precision, ())):
             if times := measured_times(known).get(measured):
@@ -78,13 +80,17 @@ def order(devices: str, dtype: torch.dtype, shape: Shape) -> Order:
                 fastest = sorted(
                     (name for name in times[nearest] if name in ORDER[:-1]), key=times[nearest].__getitem__
                 )
-                names = (*fastest, *(name for name in ORDER if name not in fastest))
+                names = (*fastest, *(name for name in unmeasured if name not in fastest))
                 basis = (
                     f"by {measured} times on {known} at {nearest}{'' if nearest == shape else ', the nearest measured'}"
                 )
                 own = (known, measured) == (devices, precision)
                 return Order(names, basis if own else f"{precision} was not measured on {devices}; {basis}")
-    return Order(ORDER, f"{precision} was not measured on {devices}")
+    return Order(unmeasured, f"{precision} was not measured on {devices}")
+
+
+def _unmeasured(devices: str) -> tuple[str, ...]:
+    return ORDER if _capability(devices) is None else GPU_ORDER
 
 
 def _alike(devices: str) -> list[str]:
@@ -107,7 +113,7 @@ def in_words(device: torch.device) -> str:
     for known in _alike(devices):
         if measured_times(known):
             return f"the fastest measured on {known}" + ("" if known == devices else f"; {devices} was not")
-    return f"first usable of {', '.join(ORDER)}"
+    return f"first usable of {', '.join(_unmeasured(devices))}"
 
 
 def _distance(one: Shape, other: Shape) -> float:

@@ -41,6 +41,14 @@ def unusable(device: torch.device) -> str | None:
     return requirements.no_gpu(device) or nvrtc.no_compiler() or nvrtc.old_driver()
 
 
+def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
+    """Why calls of this kind are not taken; None if they are."""
+    if dtype not in DTYPES:
+        precision = str(dtype).removeprefix("torch.")
+        return f"precision = {precision}: the backend cuda takes bf16, fp16 and fp32; give another --backend"
+    return None
+
+
 def expert_mlp(
     x_TD: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -52,8 +60,6 @@ def expert_mlp(
     activation: Activation,
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
-    if x_TD.dtype not in DTYPES:
-        raise UsageError(f"x = {x_TD.dtype}: the backend cuda takes bf16, fp16 and fp32; use another backend")
     if w_in.shape[0] > MOST_EXPERTS:
         raise UsageError(f"experts = {w_in.shape[0]}: the backend cuda takes {MOST_EXPERTS}; use another backend")
     y: torch.Tensor = torch.ops.moelab.dispatched_experts(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moelab.config import Activation, UsageError
+from moelab.config import Activation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -34,6 +34,14 @@ def unusable(device: torch.device) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
     return None if _interpreted() else f"needs a CUDA device, and this is {device.type}"
+
+
+def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
+    """Why calls of this kind are not taken; None if they are."""
+    if dtype not in DTYPES:
+        precision = str(dtype).removeprefix("torch.")
+        return f"precision = {precision}: the backend triton takes bf16, fp16 and fp32; give another --backend"
+    return None
 
 
 def _interpreted() -> bool:
@@ -51,8 +59,6 @@ def expert_mlp(
     activation: Activation,
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
-    if x_TD.dtype not in DTYPES:
-        raise UsageError(f"x = {x_TD.dtype}: the backend triton takes bf16, fp16 and fp32; use another backend")
     if x_TD.shape[0] == 0:
         parameters = [t for t in (weights_TK, w_in, w_out, b_in, b_out) if t is not None]
         return x_TD + 0 * sum(t.sum().to(x_TD.dtype) for t in parameters)  # gradients of zeros

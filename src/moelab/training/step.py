@@ -16,6 +16,7 @@ import torch
 
 from moelab.config import RunFailed, TrainingConfig, UsageError
 from moelab.device import synchronize
+from moelab.experts import backend_of
 from moelab.model import GPT
 from moelab.model.gpt import Output
 from moelab.training.balance import Balancer
@@ -132,8 +133,11 @@ class Step:
             if "synchronizing CUDA operation" not in str(problem):
                 raise
             self.optimizer.zero_grad(set_to_none=True)
-            moe = self.model.config.moe
-            return "a step of this model waits for the host" + (f" (backend {moe.backend})" if moe else "")
+            if self.model.config.moe is None:
+                return "a step of this model waits for the host"
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            backend = backend_of(self.model.config, self.device, self.model.dtype, deterministic).backend
+            return f"a step of this model waits for the host (backend {backend})"
         finally:
             torch.cuda.set_sync_debug_mode(before)
         return None
