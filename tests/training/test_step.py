@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,27 @@ BIASED = MoEConfig(experts=4, top_k=2, bias_rate=0.01, scores="sigmoid", z_loss=
 STATEFUL = MoEConfig(experts=4, top_k=2, bias_rate=0.01, balance_scope="step", capacity_factor=1.0, learned_scale=True)
 
 
-def batches(config: TrainingConfig, context: int = 32) -> Batches:
-    """A stream of tokens that can be learned: each is the sum of the two before it, with some noise."""
+def sums() -> list[int]:
+    """Tokens that can be learned: each is the sum of the two before it, with some noise."""
     g = np.random.default_rng(0)
     tokens = [1, 2]
     for noise in g.random(6_000) < 0.1:
         tokens.append(int(g.integers(64)) if noise else (tokens[-1] + tokens[-2]) % 64)
-    return Batches(np.array(tokens, np.uint16), context, config.batch_size, config.accumulation, seed=0)
+    return tokens
+
+
+def pairs() -> list[int]:
+    """Tokens that each have one that follows them, but for noise: more than 200 steps see, and soon learned."""
+    g = np.random.default_rng(0)
+    follows, tokens = g.permutation(64), [1]
+    for noise in g.random(120_000) < 0.4:
+        tokens.append(int(g.integers(64)) if noise else int(follows[tokens[-1]]))
+    return tokens
 
 
 def made(
     arm: str = "dense", *, moe: MoEConfig | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32,
-    sizes: ModelConfig = SIZES, **settings: Any,
+    sizes: ModelConfig = SIZES, text: Callable[[], list[int]] = sums, **settings: Any,
 ) -> Step:  # fmt: skip
     given = {
         "steps": 200, "batch_size": 4, "accumulation": 2, "learning_rate": 3e-3, "min_learning_rate": 3e-4,
@@ -43,7 +53,8 @@ def made(
     }  # fmt: skip
     config = TrainingConfig(**(given | settings))  # type: ignore[arg-type]
     model = GPT(arm_model(arm, sizes, moe or MoEConfig(experts=4, top_k=2)), dtype).to(device)
-    return Step(model, config, batches(config, sizes.context))
+    tokens = np.array(text(), np.uint16)
+    return Step(model, config, Batches(tokens, sizes.context, config.batch_size, config.accumulation, seed=0))
 
 
 def trained(step: Step, first: int, last: int) -> list[float]:
@@ -166,7 +177,7 @@ ARMS = pytest.mark.parametrize(
 
 
 def on_gpu(arm: str, moe: MoEConfig | None, *, capture: str, **settings: Any) -> Step:
-    given = {"sizes": LEARNED, "device": "cuda", "dtype": torch.bfloat16, "capture": capture}
+    given: dict[str, Any] = {"sizes": LEARNED, "device": "cuda", "dtype": torch.bfloat16, "capture": capture}
     step = made(arm, moe=moe, **(given | settings))
     said = step.prepare(step.batches.windows(0).to("cuda"))
     assert (said, step.graph is not None) == (None, capture == "on")
@@ -182,23 +193,48 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+# 200 steps in which rounding stays rounding: at 3e-3, on the sums, two runs whose weights differ in a last bit are a
+# third apart in the end. The gradient is clipped at every step.
+CALM: dict[str, Any] = {
+    "sizes": LEARNED, "text": pairs, "learning_rate": 4e-4, "min_learning_rate": 4e-5, "clip": 0.1,
+}  # fmt: skip
+
+
+def assert_same_course(found: list[float], right: list[float], dtype: torch.dtype) -> None:
+    """Losses of 200 steps to 0.1 % each in fp32; in bf16, where products round, to 1 % each and 0.15 % on average."""
+    each, average = (1e-3, 1e-3) if dtype == torch.float32 else (1e-2, 1.5e-3)
+    off = np.abs(np.array(found) / np.array(right) - 1)
+    assert off.max() <= each, f"{off.max():.1e} at step {off.argmax()}"
+    assert off.mean() <= average, f"{off.mean():.1e} on average"
+    assert right[-1] < 0.65 * right[0]
+
+
 @pytest.mark.gpu
 @ARMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_captured_compiled_run_has_the_losses_of_a_plain_one(
     arm: str, moe: MoEConfig | None, dtype: torch.dtype
 ) -> None:
-    """Over 200 steps, to 1 % in fp32 and 3 % in bf16, where the compiler keeps what is rounded in between.
+    plain = on_gpu(arm, moe, capture="off", compile="off", dtype=dtype, **CALM)
+    captured = on_gpu(arm, moe, capture="on", compile="on", dtype=dtype, **CALM)
+    assert_same_course(trained(captured, 0, 200), trained(plain, 0, 200), dtype)
 
-    Two runs that differ in a last bit come apart as training goes on: the first 10 steps are held to a tenth of that.
-    """
-    plain = on_gpu(arm, moe, capture="off", compile="off", dtype=dtype)
-    captured = on_gpu(arm, moe, capture="on", compile="on", dtype=dtype)
-    right, found = trained(plain, 0, 200), trained(captured, 0, 200)
-    tolerance = 0.01 if dtype == torch.float32 else 0.03
-    np.testing.assert_allclose(found, right, rtol=tolerance)
-    np.testing.assert_allclose(found[:10], right[:10], rtol=tolerance / 10)
-    assert right[-1] < right[0] - 0.3
+
+def of_the_batch_before(step: Step) -> list[float]:
+    for number in range(200):
+        step(step.batches.windows(max(0, number - 1)))
+    return step.window.read().losses
+
+
+def test_rounding_keeps_to_the_course_and_a_wrong_step_does_not() -> None:
+    """What the test on a GPU tells apart, on a CPU: bf16 is further from fp32 than compiled from plain."""
+    right = trained(made(**CALM), 0, 200)
+    assert_same_course(trained(made(dtype=torch.bfloat16, **CALM), 0, 200), right, torch.bfloat16)
+    unclipped = made(**CALM)
+    unclipped.config = replace(unclipped.config, clip=0)
+    for wrong in (trained(unclipped, 0, 200), of_the_batch_before(made(**CALM))):
+        with pytest.raises(AssertionError):
+            assert_same_course(wrong, right, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -223,12 +259,13 @@ def test_two_deterministic_captured_runs_are_equal_to_the_bit(arm: str, moe: MoE
 @pytest.mark.gpu
 @ARMS
 @pytest.mark.parametrize(
-    ("dtype", "kept"), [(torch.bfloat16, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp32")]
+    ("dtype", "kept", "compiled"),
+    [(torch.bfloat16, "fp32", "on"), (torch.bfloat16, "bf16", "off"), (torch.float16, "fp32", "off")],
 )
 def test_a_captured_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
-    tmp_path: Path, arm: str, moe: MoEConfig | None, dtype: torch.dtype, kept: str
+    tmp_path: Path, arm: str, moe: MoEConfig | None, dtype: torch.dtype, kept: str, compiled: str
 ) -> None:
-    settings = {"capture": "on", "dtype": dtype, "optimizer_state": kept, "beta2": 0.95}
+    settings = {"capture": "on", "compile": compiled, "dtype": dtype, "optimizer_state": kept, "beta2": 0.95}
     with deterministic():
         whole = on_gpu(arm, moe, **settings)
         losses = trained(whole, 0, 12)
@@ -247,7 +284,7 @@ def test_a_captured_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
 @pytest.mark.gpu
 @ARMS
 def test_a_replay_waits_for_nothing(arm: str, moe: MoEConfig | None) -> None:
-    step = on_gpu(arm, moe, capture="on")
+    step = on_gpu(arm, moe, capture="on", compile="off")
     windows = [step.batches.windows(number).cuda() for number in range(5)]
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -262,7 +299,7 @@ def test_a_replay_waits_for_nothing(arm: str, moe: MoEConfig | None) -> None:
 @ARMS
 def test_evaluating_between_replays_sees_new_weights_and_changes_no_training(arm: str, moe: MoEConfig | None) -> None:
     with deterministic():
-        alone, watched = (on_gpu(arm, moe, capture="on") for _ in range(2))
+        alone, watched = (on_gpu(arm, moe, capture="on", compile="off") for _ in range(2))
         losses, seen, evaluated = trained(alone, 0, 12), [], []
         for number in range(12):
             seen += trained(watched, number, number + 1)

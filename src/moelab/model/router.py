@@ -109,12 +109,24 @@ class Router(nn.Module):
         indices_TK = highest(selected_by, config.top_k)
         match config.normalize:
             case "chosen":
-                weights_TK = torch.softmax(logarithms_TE.gather(-1, indices_TK), dim=-1)
+                weights_TK = torch.softmax(_at(logarithms_TE, indices_TK), dim=-1)
             case "all":
-                weights_TK = p_TE.gather(-1, indices_TK)
+                weights_TK = _at(p_TE, indices_TK)
             case "none":
-                weights_TK = scores_TE.gather(-1, indices_TK)
+                weights_TK = _at(scores_TE, indices_TK)
         return weights_TK, indices_TK
+
+
+def _at(values_TE: torch.Tensor, indices_TK: torch.Tensor) -> torch.Tensor:
+    """(T, K): each token's values at its indices.
+
+    On CPUs the compiler of PyTorch 2.13 fuses the scatter that is gather's gradient with what reads it, and gets it
+    wrong: there the values are picked by masks.
+    """
+    if not torch.compiler.is_compiling() or values_TE.device.type != "cpu":
+        return values_TE.gather(-1, indices_TK)
+    chosen_TKE = indices_TK.unsqueeze(-1) == torch.arange(values_TE.shape[-1])
+    return torch.where(chosen_TKE, values_TE.unsqueeze(-2), 0).sum(-1)
 
 
 def _logarithms(logits_TE: torch.Tensor, scores: str) -> torch.Tensor:
