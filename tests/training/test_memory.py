@@ -346,21 +346,30 @@ WAYS = {
     "compiled": {"capture": "off"},
     "plain": {"capture": "off", "compile": "off"},
 }
+ALONE = [("5m", "dense", 32, 1, way) for way in WAYS]  # a micro-batch of which the logits are most
+ADDED = [
+    ("124m", "dense", 8, 2, "captured"),
+    ("124m", "moe", 8, 2, "captured"),
+    ("124m", "moe", 8, 2, "captured, recomputed"),
+    ("124m", "moe", 8, 2, "plain"),
+    ("124m", "moe", 1, 2, "captured"),  # its second gradients are more than all that it keeps
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("preset", "arm", "sequences", "times"),
-    [("5m", "dense", 32, 1), ("124m", "dense", 8, 2), ("124m", "moe", 8, 2), ("124m", "moe", 1, 2)],
-)
+@pytest.mark.parametrize(("preset", "arm", "sequences", "times", "way"), [*ALONE, *ADDED])
 def test_the_estimate_is_near_what_the_allocator_takes(
     preset: str, arm: str, sequences: int, times: int, way: str
 ) -> None:
-    """Not under the peak by more than a tenth, the share that `FILL` leaves; over it by at most a half."""
+    """Not under the peak by more than a tenth, the share that `FILL` leaves; over it by at most a half.
+
+    And training fits where the free memory is the estimate over `FILL`. What the allocator reserves where there is more
+    says less: it keeps blocks that it would give back before it ran out. Of four layers, which are sooner compiled.
+    """
     run = run_of(preset, arm, batch_size=sequences, accumulation=times, log_interval=2, **WAYS[way])
     model = run.model if run.model.moe is None else replace(run.model, moe=replace(run.model.moe, backend="grouped_mm"))
-    model, training = replace(model, vocabulary=50_304), run.training
+    model, training = replace(model, vocabulary=50_304, layers=4), run.training
+    estimate = training_memory(model, training, CUDA, torch.bfloat16)
     tokens = np.random.default_rng(0).integers(0, 50_257, 200_000).astype(np.uint16)
     batches = Batches(tokens, model.context, sequences, times, seed=0)
     gc.collect()
@@ -368,19 +377,22 @@ def test_the_estimate_is_near_what_the_allocator_takes(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    made = GPT(model, torch.bfloat16, checkpoint_activations=training.checkpoint_activations).cuda()
-    step = Step(made, training, batches)
-    assert step.prepare(batches.windows(0).cuda()) is None
-    for number in range(2):
-        step(batches.windows(number).cuda())
-    torch.cuda.synchronize()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (reserved + estimate.total / FILL) / whole))
+    try:
+        made = GPT(model, torch.bfloat16, checkpoint_activations=training.checkpoint_activations).cuda()
+        step = Step(made, training, batches)
+        assert step.prepare(batches.windows(0).cuda()) is None
+        for number in range(2):
+            step(batches.windows(number).cuda())
+        torch.cuda.synchronize()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     peak = torch.cuda.max_memory_allocated() - before
     held = torch.cuda.max_memory_reserved() - reserved
-    estimate = training_memory(model, training, CUDA, torch.bfloat16)
     figures = f"{estimate}: {gib(estimate.total)}; peak {gib(peak)}, reserved {gib(held)}"
     print(figures)
     assert FILL <= estimate.total / peak <= 1.5, figures
-    assert held <= estimate.total / FILL, figures
 
 
 @pytest.mark.gpu

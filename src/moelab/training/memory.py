@@ -78,7 +78,7 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         kept = sum(block.kept(tokens) for block in blocks)
         casts = cast * sum(block.parameters for block in blocks)
     kept += tokens * model.width * (size + (size if model.norm == "layernorm" else 8))  # the last norm's output, input
-    passing = max(_head(model, tokens, device, size, training), max(block.passing(tokens) for block in blocks))
+    passing = max(_head(model, tokens, device, size), max(block.passing(tokens) for block in blocks))
     return Memory(
         parameters=4 * counts.total,
         gradients=4 * counts.total,
@@ -147,12 +147,11 @@ class _Block:
         return self.size * (rows * (inner + hidden + 2 * model.width) + self.parameters)
 
 
-def _head(model: ModelConfig, tokens: int, device: torch.device, size: int, training: TrainingConfig) -> int:
+def _head(model: ModelConfig, tokens: int, device: torch.device, size: int) -> int:
     """Bytes that `model.head` has at once, those of the hidden states' gradients included."""
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
-    of_a_logit = 2 * size if _compiled(training, device) else 12
-    if tokens > chunk:
-        of_a_logit = size if device.type == "cuda" else size + 8  # the kernel needs no more than the logit's place
+    on_cpu = 12 if tokens <= chunk else size + 8
+    of_a_logit = on_cpu if device.type == "cpu" else size  # the kernel on GPUs needs no more than the logit's place
     weight = model.vocabulary * model.width * (size + 8)  # cast; its gradient, and that times the loss's
     return min(tokens, chunk) * model.vocabulary * of_a_logit + 2 * tokens * model.width * size + weight
 
