@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 from emulated_gpu import EmulatedLaunch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moelab.experts import choice, hopper, nvrtc, reference, self_check
 from moelab.experts.activation import inner_size
@@ -105,6 +107,7 @@ def test_emulated_outputs_and_gradients_are_those_of_float64(
     """A weight gradient is cut into parts, which end where no block of rows does."""
     monkeypatch.setattr(nvrtc, "launches", emulated.launches)
     monkeypatch.setattr(hopper, "SHORTEST", 64)
+    hopper._cuts.cache_clear()
     assert all(e <= 1e-2 for e in errors(shape, activation, bias, routed(shape, routing)))  # NaN is not
 
 
@@ -118,6 +121,29 @@ def test_rows_of_another_expert_or_of_nobody_stay_out_of_a_weight_gradient(emula
     right = d_y[:50].double().T @ x[:50].double()
     assert ((found[0].double() - right).norm() / right.norm()).item() <= 1e-2
     assert found[1].isnan().all()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 20_000), min_size=1, max_size=12), tiles=st.sampled_from([1, 4, 16, 36, 72]),
+    clusters=st.sampled_from([2, 66, 132]),
+)  # fmt: skip
+def test_there_is_room_for_every_part_of_a_weight_gradient_that_is_cut(
+    sizes: list[int], tiles: int, clusters: int
+) -> None:
+    """However uneven the experts: parts as `Cuts` in hopper.cu counts them."""
+    if sum(sizes) == 0:
+        return
+    target, last, room = hopper._cuts(sum(sizes), len(sizes), tiles, clusters)
+    assert target % 64 == last % 64 == 0
+    taken = 0
+    for e, rows in enumerate(sizes):
+        whole = rows < target + target // 2
+        least = last if e == len(sizes) - 1 and whole else target
+        parts = max(1, (rows + least // 2) // least) if whole and least == last else (rows + target // 2) // target
+        parts = 1 if whole and least == target else parts
+        assert parts <= max(1, -(-rows // 64))  # none is empty
+        taken += parts if parts > 1 else 0
+    assert taken <= room
 
 
 def test_what_it_does_not_take_is_refused_in_one_line() -> None:

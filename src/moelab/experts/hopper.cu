@@ -39,7 +39,7 @@ template <int ACROSS>
 __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& out_map,
                                const int* offsets, int experts, int inside, int outside, unsigned short* out) {
     const int across = (outside + COLUMNS - 1) / COLUMNS / BLOCKS;
-    begin(offsets, experts, ROWS, across);
+    begin(offsets, experts, across, [](int, int rows) { return (rows + ROWS - 1) / ROWS; });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Tiles tiles(offsets, experts, across);
     Tile tile;
@@ -95,26 +95,43 @@ backward(MAP rows_map, MAP w_map, MAP out_map, const int* offsets, long long exp
 
 // Sums over rows
 
+// How experts' rows are cut into parts of about `target`, those of the last expert of about `last` unless they are many.
+struct Cuts {
+    int experts, target, last;
+
+    __device__ int parts(int expert, int rows) const {
+        if (rows == 0) return 0;
+        const bool whole = rows < target + target / 2, ending = expert == experts - 1 && whole;
+        return ending ? max(1, (rows + last / 2) / last) : whole ? 1 : (rows + target / 2) / target;
+    }
+};
+
+// Where the number-th of an expert's parts begins: they differ by a block of the summed dimension at most.
+__device__ inline int part_start(int rows, int number, int parts) {
+    return min(rows, static_cast<int>((rows + DEPTH - 1ll) / DEPTH * number / parts) * DEPTH);
+}
+
 struct Part {
     int expert, start, rows, number, left, right;
 };
 
 struct Parts {
     const int *offsets, *before, *several;
-    int experts, high, across, longest, unit, step, expert = 0;
+    int experts, high, across, unit, step, expert = 0;
 
-    __device__ Parts(const int* offsets, int experts, int high, int across, int longest)
+    __device__ Parts(const int* offsets, int experts, int high, int across)
         : offsets(offsets), before(table(0)), several(table(1)), experts(experts), high(high), across(across),
-          longest(longest), unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
+          unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
 
     __device__ bool next(Part& part) {
         if (unit >= before[experts]) return false;
         while (unit >= before[expert + 1]) ++expert;
         const int within = unit - before[expert], chunk = within / (high * across), tile = within % (high * across);
-        const int first = start_of(offsets, expert) + chunk * longest;
-        const bool alone = several[expert + 1] == several[expert];
-        part = {expert, first, min(longest, offsets[expert] - first), alone ? -1 : several[expert] + chunk,
-                tile % high * ROWS, (tile / high * BLOCKS + rank_in_cluster()) * COLUMNS};
+        const int parts = (before[expert + 1] - before[expert]) / (high * across);
+        const int first = start_of(offsets, expert), rows = offsets[expert] - first;
+        const int start = part_start(rows, chunk, parts), end = part_start(rows, chunk + 1, parts);
+        part = {expert, first + start, end - start, parts == 1 ? -1 : several[expert] + chunk, tile % high * ROWS,
+                (tile / high * BLOCKS + rank_in_cluster()) * COLUMNS};
         unit += step;
         return true;
     }
@@ -122,19 +139,18 @@ struct Parts {
 
 // dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
 //
-// Up to `longest` rows are summed at once. The only part of an expert goes to dw; of several each goes to
-// parts (part, outside, inside) in fp32, which `sum_parts` adds. Rows after a part's are another's, and may be NaN:
-// they are cleared in shared memory. Boxes: 64 by 64. outside and inside are multiples of 128, inside of 512 where
-// blocks are two.
+// The only part of an expert goes to dw; of several each goes to parts (part, outside, inside) in fp32, which `sum_parts`
+// adds. Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: 64 by 64. outside and
+// inside are multiples of 128, inside of 512 where blocks are two.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts_, long long outside_,
-                long long inside_, long long longest_, unsigned short* dw, float* parts) {
-    const int experts = static_cast<int>(experts_), outside = static_cast<int>(outside_);
-    const int inside = static_cast<int>(inside_), longest = static_cast<int>(longest_);
+weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts, long long outside_,
+                long long inside_, long long target, long long last, unsigned short* dw, float* parts) {
+    const int outside = static_cast<int>(outside_), inside = static_cast<int>(inside_);
     const int high = outside / ROWS, across = (inside + COLUMNS - 1) / COLUMNS / BLOCKS;
-    begin(offsets, experts, longest, high * across);
+    const Cuts cuts = {static_cast<int>(experts), static_cast<int>(target), static_cast<int>(last)};
+    begin(offsets, cuts.experts, high * across, [=](int e, int rows) { return cuts.parts(e, rows); });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
-    Parts work(offsets, experts, high, across, longest);
+    Parts work(offsets, cuts.experts, high, across);
     Part part;
     if (half < 0) {
         fewer_registers<40>();
@@ -192,11 +208,12 @@ weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long 
 
 // What `weight_gradient` left in parts, summed in their order into dw; zeros for an expert without rows. Grid: (any, E).
 extern "C" __global__ void __launch_bounds__(256)
-sum_parts(const float* parts, const int* offsets, unsigned short* dw, long long size, long long longest) {
-    const int expert = blockIdx.y, limit = static_cast<int>(longest);
+sum_parts(const float* parts, const int* offsets, unsigned short* dw, long long size, long long target, long long last) {
+    const int expert = blockIdx.y;
+    const Cuts cuts = {static_cast<int>(gridDim.y), static_cast<int>(target), static_cast<int>(last)};
     int first = 0, count = 0;
     for (int e = 0; e <= expert; ++e) {
-        count = (offsets[e] - start_of(offsets, e) + limit - 1) / limit;
+        count = cuts.parts(e, offsets[e] - start_of(offsets, e));
         if (e < expert && count > 1) first += count;
     }
     if (count == 1) return;

@@ -29,8 +29,7 @@ TRIAL = (128, 256)  # D and F of a self-check
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
-SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, where it cuts them
-SPARE = 1.0625  # times the rows of an even expert: a few more are not another part
+DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
 
 
 def unusable(device: torch.device) -> str | None:
@@ -146,17 +145,16 @@ class Products:
             return torch.zeros_like(w)
         blocks, dw = _cluster(inside), torch.empty_like(w)
         tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
-        longest = _rows_at_once(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
-        several = 2 * len(x) // longest if len(x) > longest else 0
-        parts = torch.empty(several, outside, inside, dtype=torch.float32, device=x.device)
+        target, last, most = _cuts(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
+        parts = torch.empty(most, outside, inside, dtype=torch.float32, device=x.device)
         maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
         self._run(
-            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, longest,
-            dw.data_ptr(), parts.data_ptr(),
+            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, target,
+            last, dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
         self.launch(
             _source(blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
-            self.offsets.data_ptr(), dw.data_ptr(), outside * inside, longest,
+            self.offsets.data_ptr(), dw.data_ptr(), outside * inside, target, last,
         )  # fmt: skip
         return dw
 
@@ -165,19 +163,35 @@ class Products:
         self.launch(_source(blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
 
 
-def _rows_at_once(rows: int, experts: int, tiles: int, clusters: int) -> int:
-    """Rows that a weight gradient sums at once: as leave the fewest clusters idle, were the experts alike.
+@functools.cache
+def _cuts(rows: int, experts: int, tiles: int, clusters: int) -> tuple[int, int, int]:
+    """Rows that a weight gradient sums at once, of all experts and of the last, and parts in all of those it cuts.
+
+    As leave the fewest clusters idle, were the experts alike: a cluster takes each `clusters`-th tile, and where the
+    last turn has few of them smaller ones of the last expert fill it.
 
     tiles: of an expert, that a cluster has one of at a time.
     """
     even = -(-rows // experts)
+    most = max(1, even // SHORTEST)
 
-    def time(cuts: int) -> float:  # in rows: those of the busiest cluster, and what a tile that is cut costs besides
-        turns = -(-experts * tiles * cuts // clusters)
-        return turns * (even / cuts + (640 if cuts > 1 else 0))
+    def time(cuts: int, last: int) -> float:  # in rows: those of the busiest cluster, and what a cut tile costs besides
+        costs = [even / n + (640 if n > 1 else 0) for n in (cuts, last)]
+        first = (experts - 1) * tiles * cuts
+        units = first + tiles * last
 
-    cuts = min(range(1, max(1, even // SHORTEST) + 1), key=time)
-    return max(SHORTEST, -(-int(even / cuts * SPARE) // 64) * 64)
+        def of(cluster: int) -> float:
+            large, both = (len(range(cluster, n, clusters)) for n in (first, units))
+            return large * costs[0] + (both - large) * costs[1]
+
+        return max(map(of, range(clusters)))
+
+    pairs = ((n, last) for n in range(1, min(most, 16) + 1) for last in {n, *range(1, min(most, 8) + 1)})
+    cuts, ending = min(pairs, key=lambda pair: time(*pair))
+    target, last = (max(SHORTEST, -(-even // n // DEPTH) * DEPTH) for n in (cuts, ending))
+    # An expert of 1.5 times the target or more is cut; the last one also below that, into those of `last`.
+    several = 4 * rows // (3 * target) if 2 * rows >= 3 * target else 0
+    return target, last, several + (3 * target // (2 * last) + 1 if last < target else 0)
 
 
 def _cluster(outside: int) -> int:

@@ -38,11 +38,11 @@ __device__ inline void create_barriers() {
 
 __device__ inline int start_of(const int* offsets, int expert) { return expert ? offsets[expert - 1] : 0; }
 
-// table(0)[e]: units of work before expert e's, of `each` a part of its rows, of which one has up to `longest`;
-// table(1)[e]: parts before its own of experts with several. All threads of the block come here.
-__device__ inline void count_work(const int* offsets, int experts, int longest, int each) {
+// table(0)[e]: units of work before expert e's, `each` a part of its rows, and table(1)[e]: parts before its own of experts
+// with several. count(e, rows): parts. All threads of the block come here.
+template <class Count> __device__ inline void count_work(const int* offsets, int experts, int each, Count count) {
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-        const int parts = (offsets[e] - start_of(offsets, e) + longest - 1) / longest;
+        const int parts = count(e, offsets[e] - start_of(offsets, e));
         table(0)[e] = parts * each;
         table(1)[e] = parts > 1 ? parts : 0;
     }
@@ -51,9 +51,9 @@ __device__ inline void count_work(const int* offsets, int experts, int longest, 
         int* counts = table(threadIdx.x);
         int before = 0;
         for (int e = 0; e < experts; ++e) {
-            const int count = counts[e];
+            const int parts = counts[e];
             counts[e] = before;
-            before += count;
+            before += parts;
         }
         counts[experts] = before;
     }
@@ -61,9 +61,9 @@ __device__ inline void count_work(const int* offsets, int experts, int longest, 
 }
 
 // Starts: barriers, tables, and no block of the cluster before the others.
-__device__ inline void begin(const int* offsets, int experts, int longest, int each) {
+template <class Count> __device__ inline void begin(const int* offsets, int experts, int each, Count count) {
     create_barriers();
-    count_work(offsets, experts, longest, each);
+    count_work(offsets, experts, each, count);
     cluster_arrive();
     cluster_wait();
 }
