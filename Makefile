@@ -1,10 +1,11 @@
 # make demo    install, then train dense and MoE models on this Python's own standard library and write the report
 # make test    install with the test extra, then lint, type-check and run every test but those that train for minutes
 # make test-long    those
+# make test-gpu     the tests that need a CUDA device, eight at a time but for those that need all of its memory
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long test-gpu lint clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,9 @@ test: lint
 
 test-long: .venv/.installed-test
 	$(BIN)/python -m pytest -m long
+
+test-gpu: .venv/.installed-test
+	$(BIN)/python -m pytest -m gpu --numprocesses 8 --dist loadgroup
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

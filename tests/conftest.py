@@ -1,7 +1,8 @@
-"""What every test needs: a home of its own for prepared data, repeatable hypothesis, one thread a worker."""
+"""What every test needs: a home of its own for prepared data, repeatable hypothesis, a worker's share of the cores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
+# Or each worker's compiler would start as many processes as there are cores.
+CORES = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, CORES)))
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -24,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What compilers keep: shared by the workers of a session, and new in each: a stale graph would pass for ours."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(folder / name))
 
 
 @pytest.fixture(autouse=True)

@@ -56,16 +56,17 @@ class Problem:
     def definition(self) -> dict[str, torch.Tensor]:
         """The formula of the docstring, token by token, in float64."""
         leaves = {n: t.clone().requires_grad_() for n, t in self.tensors.items()}
+        of = {n: t.unbind() for n, t in leaves.items()}  # a slice has a gradient of its own size
         rows = []
         for t in range(len(self.indices)):
-            row = leaves["x"][t] * 0
+            row = of["x"][t] * 0
             for k, e in enumerate(self.indices[t].tolist()):
                 if e >= 0:
-                    h = leaves["w_in"][e] @ leaves["x"][t]
-                    h = activate(h + leaves["b_in"][e] if "b_in" in leaves else h, self.activation)
-                    y = leaves["w_out"][e] @ h
-                    y = y + leaves["b_out"][e] if "b_out" in leaves else y
-                    row = row + leaves["weights"][t, k] * y
+                    h = of["w_in"][e] @ of["x"][t]
+                    h = activate(h + of["b_in"][e] if "b_in" in of else h, self.activation)
+                    y = of["w_out"][e] @ h
+                    y = y + of["b_out"][e] if "b_out" in of else y
+                    row = row + of["weights"][t][k] * y
             rows.append(row)
         y = torch.stack(rows) if rows else leaves["x"] * 0
         y.backward(self.upstream.double())
@@ -173,14 +174,17 @@ def test_lower_precision_is_within_its_tolerance(
     assert_equal_to_definition(problem(*sizes), backend, dtype)
 
 
+SIZES = (16, 24, 8, 2)  # D, F, E, K, where others show nothing new: Triton compiles its kernels for each
+
+
 @pytest.mark.parametrize(("backend", "device"), ON_BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_idle_expert_gets_a_gradient_of_exactly_0(backend: str, device: str, dtype: torch.dtype) -> None:
-    p = within(problem_of(backend, 30, 16, 16, 6, 2, idle=(0, 3, 5)), backend, dtype)
+    p = within(problem_of(backend, 30, *SIZES, idle=(0, 3, 5)), backend, dtype)
     found = p.run(backend, dtype, device)
     for name in p.tensors.keys() - {"x", "weights"}:
         assert not found[name][[0, 3, 5]].any()
-        assert found[name][[1, 2, 4]].flatten(1).any(1).all()
+        assert found[name][[1, 2, 4, 6, 7]].flatten(1).any(1).all()
 
 
 @pytest.mark.parametrize(("backend", "device"), ON_BOTH)
@@ -201,7 +205,7 @@ def test_no_tokens_and_all_slots_dropped_give_zeros_of_the_right_shape(backend: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_call_twice_gives_the_same_bits(backend: str, device: str, dtype: torch.dtype) -> None:
     tokens = 20_000 if device == "cuda" else 50 if INTERPRETED else 200  # on a GPU enough for sums in several parts
-    p = within(problem_of(backend, tokens, 24, 32, 8, 2, dropped=0.1), backend, dtype)
+    p = within(problem_of(backend, tokens, *SIZES, dropped=0.1), backend, dtype)
     first, second = p.run(backend, dtype, device), p.run(backend, dtype, device)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -211,7 +215,7 @@ def test_the_same_call_twice_gives_the_same_bits(backend: str, device: str, dtyp
 def test_non_contiguous_inputs_and_expanded_gradients_change_nothing(
     backend: str, device: str, dtype: torch.dtype
 ) -> None:
-    p = within(problem_of(backend, 30, 16, 24, 4, 2), backend, dtype)
+    p = within(problem_of(backend, 30, *SIZES), backend, dtype)
     straight = {n: t.to(device, dtype).requires_grad_() for n, t in p.tensors.items()}
     askew = {n: every_other(t.to(device, dtype)).requires_grad_() for n, t in p.tensors.items()}
     for leaves in (straight, askew):
@@ -230,7 +234,7 @@ def every_other(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("backend", "device"), ON_BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
-    p = within(problem_of(backend, 20, 8, 8, 4, 2), backend, dtype)
+    p = within(problem_of(backend, 20, *SIZES), backend, dtype)
     p.tensors["x"][7] = float("nan")
     found = p.run(backend, dtype, device)
     for name in ("y", "x", "weights"):
@@ -245,7 +249,7 @@ def test_what_is_not_finite_in_a_token_without_an_expert_reaches_nothing(
     backend: str, device: str, dtype: torch.dtype, value: float
 ) -> None:
     """Its rows are sorted after the last expert's, beside rows that a product may read to fill a tile."""
-    p = within(problem_of(backend, 40, 16, 24, 4, 2, dropped=0.2), backend, dtype)
+    p = within(problem_of(backend, 40, *SIZES, dropped=0.2), backend, dtype)
     p.indices[[0, 7, 39]] = -1
     expected = p.definition()
     for name in ("x", "weights"):
@@ -317,17 +321,21 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+MANY = [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (90, 33, 50, 3, 3)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dropped", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "sizes",
-    [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (1, 16, 16, 4, 1), (0, 16, 16, 4, 2), (90, 33, 50, 3, 3)],
+    ("sizes", "dropped", "dtype"),
+    [
+        *((s, 0.3, d) for s in MANY for d in (torch.float32, torch.bfloat16, torch.float16)),
+        *((s, 0.0, torch.bfloat16) for s in (*MANY, (1, 16, 24, 8, 2), (0, 16, 24, 8, 2))),
+    ],
     ids=str,
 )
 def test_a_gpu_gives_the_definition(
-    backend: str, dtype: torch.dtype, dropped: float, sizes: tuple[int, int, int, int, int]
+    backend: str, sizes: tuple[int, int, int, int, int], dropped: float, dtype: torch.dtype
 ) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     assert_equal_to_definition(problem_of(backend, *sizes, dropped=dropped), backend, dtype, "cuda")
@@ -335,7 +343,7 @@ def test_a_gpu_gives_the_definition(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float16, False), (torch.float32, False)])
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float32, False)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_gpu_gives_the_definition_of_every_activation(
     backend: str, activation: Activation, dtype: torch.dtype, bias: bool
@@ -352,12 +360,14 @@ LARGE = {  # T, D, F, E: more than 2³¹ elements of
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("all of the GPU's memory")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of", LARGE)
 def test_more_elements_than_32_bits_count_are_right_at_the_far_end(backend: str, of: str) -> None:
     """The gradient comes in at a sample of tokens, the first and the last ones, and so all of it is that sample's."""
     skip_where_unusable(backend, "cuda")
     tokens, width, hidden, experts = LARGE[of]
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     if free < 100 * 2**30:
         pytest.skip(f"needs 100 GiB of free GPU memory, and there are {free / 2**30:.0f}")

@@ -14,7 +14,7 @@ from emulated_gpu import EmulatedLaunch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.experts import choice, hopper, nvrtc, reference, self_check
+from moelab.experts import choice, hopper, mlp, nvrtc, reference, self_check
 from moelab.experts.activation import inner_size
 
 needs_nvrtc = pytest.mark.skipif(
@@ -193,25 +193,28 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
     sys.modules.pop("waiting")
 
 
+def tried() -> None:
+    """Once in a process of pytest: the trial is one of its own, which compiles everything."""
+    device = torch.device("cuda")
+    if (reason := hopper.unusable(device)) is not None:
+        pytest.skip(reason)
+    found = mlp.availability("hopper", device)
+    assert found.usable, found.reason
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "activation", "bias", "routing"), CASES, ids=str)
 def test_outputs_and_gradients_on_a_gpu_are_those_of_float64(
     shape: Shape, activation: str, bias: bool, routing: str
 ) -> None:
-    device = torch.device("cuda")
-    if (reason := hopper.unusable(device)) is not None:
-        pytest.skip(reason)
-    assert self_check.failure(hopper, device) is None
+    tried()
     larger = (shape[0] * 40, *shape[1:])
     assert all(e <= 1e-2 for e in errors(larger, activation, bias, routed(larger, routing), "cuda"))
 
 
 @pytest.mark.gpu
 def test_the_same_call_on_a_gpu_gives_the_same_bits() -> None:
-    device = torch.device("cuda")
-    if (reason := hopper.unusable(device)) is not None:
-        pytest.skip(reason)
-    assert self_check.failure(hopper, device) is None
+    tried()
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(5000, 512, device="cuda", generator=generator).bfloat16().requires_grad_()
     w_in, w_out = (

@@ -396,6 +396,7 @@ def test_the_estimate_is_near_what_the_allocator_takes(
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("all of the GPU's memory")
 def test_350m_moe_starts_on_80_gb_without_a_flag() -> None:
     """On a GPU of which the process may take no more."""
     total = torch.cuda.get_device_properties(0).total_memory
@@ -425,11 +426,13 @@ def test_350m_moe_starts_on_80_gb_without_a_flag() -> None:
 def test_memory_that_pytorch_holds_without_using_it_is_available() -> None:
     gc.collect()
     torch.cuda.empty_cache()
-    before = available_memory(CUDA)
-    assert before is not None
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     block = torch.empty(GIB, dtype=torch.uint8, device="cuda")
-    held = available_memory(CUDA)
-    assert held == pytest.approx(before - GIB, abs=2**26)
-    del block
-    freed = available_memory(CUDA)
-    assert freed == pytest.approx(before, abs=2**26)
+    del block  # PyTorch keeps it
+    for _ in range(1000):
+        free = torch.cuda.mem_get_info()[0]
+        found = available_memory(CUDA)
+        if torch.cuda.mem_get_info()[0] == free:  # no other process has taken or given any
+            break
+    assert found is not None
+    assert found - free == pytest.approx(GIB + unused, abs=2**22)
