@@ -1,7 +1,7 @@
 """The router's kernels: logits, choice and weights in one pass over x; all gradients in one pass over x.
 
-Logits are products in three tf32 parts ("tf32x3"), whose error is that of fp32; in two where x is of 16 bits, which tf32
-holds exactly. Sums run in a fixed order.
+Logits are products in three tf32 parts ("tf32x3"), whose error is that of fp32; in two where x is of 16 bits, which
+tf32 holds exactly. Sums run in a fixed order.
 """
 
 from __future__ import annotations
