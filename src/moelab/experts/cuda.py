@@ -166,50 +166,73 @@ class Rows:
         )  # fmt: skip
         return h_NF
 
-    def activate_backward(self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor) -> torch.Tensor:
-        """→ the gradient of z, which overwrites d_h where it is of its size."""
-        hidden = d_h_NF.shape[1]
+    def activate_backward(
+        self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ gradients of z, which overwrite d_h where they are of its size, and of the bias; empty without one."""
         d_z = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z)
-        self._run(
-            "activate_backward", z.shape[0], z.data_ptr(), _address(bias), self.indices_TK.data_ptr(),
-            self._slot_of_row, self._kept, d_h_NF.data_ptr(), d_z.data_ptr(), hidden, _wide(hidden, bias, z),
+        sums, grid, wide = self._strips(z, bias, d_h_NF.shape[1])
+        self.launch(
+            self.source, "activate_backward", grid, (32, WARPS), z.data_ptr(), _address(bias), self._slot_of_row,
+            self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
+            _address(sums), d_h_NF.shape[1], wide,
         )  # fmt: skip
-        return d_z
+        return d_z, self._sum_of_parts(sums, z)
 
     def weighted_backward(
         self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor, weights_TK: torch.Tensor,
-        d_rows_ND: torch.Tensor, b_out_ED: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        dy_TD: torch.Tensor, b_out_ED: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """From d_h of rows without their weights: gradients of z, which overwrite it where they are of its size, and h
-        (N, F), both weighted; and gradients of the weights (T, K)."""
-        (rows, hidden), width = d_h_NF.shape, d_rows_ND.shape[1]
-        d_z = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z)
-        h_NF, d_weights_TK = torch.empty_like(d_h_NF), torch.empty_like(weights_TK)
-        self._run(
-            "weighted_backward", rows, z.data_ptr(), _address(bias), self.indices_TK.data_ptr(), self._slot_of_row,
-            self._kept, d_h_NF.data_ptr(), d_z.data_ptr(), weights_TK.data_ptr(), h_NF.data_ptr(), d_rows_ND.data_ptr(),
-            _address(b_out_ED), d_weights_TK.data_ptr(), rows, hidden, width,
-            _wide(hidden, bias, z) and _wide(width, b_out_ED, d_rows_ND),
+        (N, F), both weighted; gradients of the weights (T, K), and of the bias; empty without one."""
+        hidden = d_h_NF.shape[1]
+        d_z, h_NF = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z), torch.empty_like(d_h_NF)
+        sums, grid, wide = self._strips(z, bias, hidden)
+        partial = weights_TK.new_empty(len(z), grid[1])
+        self.launch(
+            self.source, "weighted_backward", grid, (32, WARPS), z.data_ptr(), _address(bias), self._slot_of_row,
+            self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
+            _address(sums), weights_TK.data_ptr(), h_NF.data_ptr(), partial.data_ptr(), hidden, wide,
         )  # fmt: skip
-        return d_z, h_NF, d_weights_TK
+        (tokens, top_k), width = weights_TK.shape, dy_TD.shape[1]
+        d_weights_TK = torch.empty_like(weights_TK)
+        self._run(
+            "slot_gradient", tokens * top_k, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
+            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens * top_k, top_k, grid[1],
+            width, _wide(width, b_out_ED, dy_TD),
+        )  # fmt: skip
+        return d_z, h_NF, d_weights_TK, self._sum_of_parts(sums, z)
 
     def bias_gradient(self, rows: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
         """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
         those of each expert's slots are summed, times the weights."""
-        experts, width = len(self.routing.offsets), rows.shape[1]
-        parts = self.indices_TK.numel() // TALL + experts  # as many as there may be
-        sums = rows.new_empty(parts, width, dtype=torch.float32)
-        out = rows.new_empty(experts, width)
-        wide = _wide(width, rows)
-        columns = 32 * (16 // rows.element_size() if wide else 1)
+        width = rows.shape[1]
+        sums, grid, wide = self._strips(rows, rows, width)
         self.launch(
-            self.source, "bias_parts", (parts, -(-width // columns)), (32, WARPS), rows.data_ptr(),
-            _address(weights_TK), self._slot_of_row, self.routing.offsets.data_ptr(), sums.data_ptr(), experts,
-            self.indices_TK.shape[1], width, wide,
+            self.source, "bias_parts", grid, (32, WARPS), rows.data_ptr(), _address(weights_TK), self._slot_of_row,
+            self.routing.offsets.data_ptr(), _address(sums), len(self.routing.offsets), self.indices_TK.shape[1],
+            width, wide,
         )  # fmt: skip
+        return self._sum_of_parts(sums, rows)
+
+    def _strips(
+        self, rows: torch.Tensor, bias: torch.Tensor | None, width: int
+    ) -> tuple[torch.Tensor | None, tuple[int, int], int]:
+        """Room for the sums of parts of experts' rows (…, C), if there is a bias; the grid of blocks for parts and
+        columns; and whether accesses are of 16 bytes."""
+        wide = _wide(width, bias, rows)
+        parts = self.indices_TK.numel() // TALL + len(self.routing.offsets)  # as many as there may be
+        sums = None if bias is None else rows.new_empty(parts, rows.shape[1], dtype=torch.float32)
+        return sums, (parts, -(-width // (32 * (16 // rows.element_size() if wide else 1)))), wide
+
+    def _sum_of_parts(self, sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """(E, C); empty where there is nothing to sum."""
+        if sums is None:
+            return like.new_empty(0)
+        out = like.new_empty(len(self.routing.offsets), sums.shape[1])
         self.launch(
-            self.source, "bias_gradient", (-(-width // (32 * WARPS)), experts), (32, WARPS), sums.data_ptr(),
-            self.routing.offsets.data_ptr(), out.data_ptr(), width,
+            self.source, "bias_gradient", (-(-sums.shape[1] // (32 * WARPS)), len(out)), (32, WARPS), sums.data_ptr(),
+            self.routing.offsets.data_ptr(), out.data_ptr(), sums.shape[1],
         )  # fmt: skip
         return out
 
@@ -291,12 +314,11 @@ def dispatched_experts_backward(
         d_outputs, d_weights = kernels.combine_backward(dy.contiguous(), outputs, weights, b_out)
         d_w_out = products.weight_gradient(d_outputs, h, w_out, offsets)
         d_h = products.product(d_outputs, w_out, offsets)
-        d_z = kernels.activate_backward(z, b_in, d_h)
+        d_z, d_b_in = kernels.activate_backward(z, b_in, d_h)
         d_w_in = products.weight_gradient(d_z, rows, w_in, offsets)
         d_x = kernels.combine(products.product(d_z, w_in, offsets))
         if products.one_kernel(rows, len(w_in)):
             kernels.clear_idle(d_w_in, d_w_out)
-        d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(d_outputs)
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 

@@ -239,12 +239,11 @@ def hopper_experts_backward(
         products = Products(launch, offsets, dy.device)
         d_rows = kernels.dispatch(dy)
         d_h = products.backward(d_rows, w_out)
-        d_z, h, d_weights = kernels.weighted_backward(z, b_in, d_h, weights, d_rows, b_out)
+        d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dy, b_out)
         d_w_out = products.weight_gradient(d_rows, h, w_out)
         del d_rows, d_h, h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
         d_w_in = products.weight_gradient(d_z, kernels.dispatch(x), w_in)
-        d_b_in = dy.new_empty(0) if b_in is None else kernels.bias_gradient(d_z)
         d_x = kernels.combine(products.backward(d_z, w_in))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 

@@ -33,7 +33,7 @@ template <int V> __device__ inline void store(Element* to, const Chunk<V>& chunk
     *reinterpret_cast<Chunk<V>*>(to) = chunk;
 }
 
-// The same of a chunk that was loaded as it is.
+// The same of a chunk that the compiler would take apart.
 __device__ inline void copy(Element* to, const Chunk<LINE>& chunk) { store_line(to, chunk.line); }
 
 __device__ inline void copy(Element* to, const Chunk<1>& chunk) { *to = chunk.element; }
@@ -245,6 +245,55 @@ combine_backward(const Element* d_out, const Element* rows, const int* row_of_sl
              token, top_k, width);
 }
 
+// Parts of experts
+
+constexpr int TALL = 256;  // rows of a part
+
+// The number-th part of all experts': whose it is and which rows. All lanes of a warp together.
+struct Part {
+    int expert = 0;
+    Index start = 0, end = 0;
+
+    __device__ Part(const int* offsets, int experts, int number) {
+        const int lane = threadIdx.x;
+        for (int base = 0; base < experts; base += 32) {
+            const int e = base + lane, first = e > 0 && e < experts ? offsets[e - 1] : 0;
+            const int own = e < experts ? (offsets[e] - first + TALL - 1) / TALL : 0;
+            int up_to = own;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int below = __shfl_up_sync(ALL, up_to, step);
+                if (lane >= step) up_to += below;
+            }
+            const unsigned past = __ballot_sync(ALL, number < up_to);
+            if (past) {
+                const int there = __popc((past & -past) - 1);
+                const int begin = __shfl_sync(ALL, first, there);
+                expert = base + there;
+                start = begin + static_cast<Index>(number - __shfl_sync(ALL, up_to - own, there)) * TALL;
+                end = min(start + TALL, static_cast<Index>(offsets[expert]));
+                return;
+            }
+            number -= __shfl_sync(ALL, up_to, 31);
+        }
+    }
+};
+
+// The sums of the warps' lanes' V columns, from `first` on, to sums (parts, width). All threads of the block together.
+template <int V>
+__device__ void store_sums(const float (&sum)[V], float* __restrict__ sums, Index first, Index width) {
+    __shared__ float of_warp[WARPS][32 * V];
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < V; ++j) of_warp[threadIdx.y][threadIdx.x * V + j] = sum[j];
+    __syncthreads();
+    const int column = threadIdx.y * 32 + threadIdx.x;
+    if (column >= 32 * V || blockIdx.y * 32 * V + column >= width) return;
+    float total = 0.0f;
+    for (int i = 0; i < WARPS; ++i) total += of_warp[i][column];
+    sums[first + column] = total;
+}
+
 // Activation
 
 constexpr bool GATED = ACTIVATION == SWIGLU;
@@ -292,68 +341,110 @@ activate(const Element* z, const Element* bias, const Index* indices, const int*
     BY_WIDTH(wide, activate_row, z, bias, h, row, expert, hidden);
 }
 
-// A row's gradient of z from d_h; WEIGHTED, times the row's weight, which h = weight · act(z + bias) is too. Returns this
-// lane's share of ⟨d_h, act(z + bias)⟩.
-template <int V, bool WEIGHTED> __device__ float activate_row_backward(
-    const Element* __restrict__ z, const Element* __restrict__ bias, const Element* d_h, Element* d_z,
-    Element* __restrict__ h, Index row, Index expert, Index hidden, float weight) {
-    constexpr int AHEAD = 4 / PARTS;
-    float sum = 0.0f;
-    z += row * PARTS * hidden;
-    if (bias) bias += expert * PARTS * hidden;
-    d_h += row * hidden;
-    d_z += row * PARTS * hidden;
-    if (WEIGHTED) h += row * hidden;
-    for (Index at = threadIdx.x * V; at < hidden; at += AHEAD * 32 * V) {
-        Chunk<V> chunk[AHEAD][PARTS], d[AHEAD];
+// What the backward of the activation reads and writes, of rows (N, …). With WEIGHTED d_h is of rows without their weights.
+struct Slopes {
+    const Element *z, *bias;
+    const int* slot_of_row;
+    const Element* d_h;
+    Element* d_z;
+    float* sums;
+    const float* weights;
+    Element* h;
+    float* partial;
+    Index hidden;
+};
+
+// 32 lanes' columns of a part of an expert's rows, each warp every eighth of them.
+template <int V, bool WEIGHTED> __device__ void slopes_of_part(const Slopes& s, const Part& part) {
+    constexpr int AHEAD = 4 / PARTS;  // rows whose loads are in flight
+    const Index strip = static_cast<Index>(blockIdx.y) * 32 * V, at = strip + threadIdx.x * V;
+    const bool inside = at < s.hidden;
+    float bias[PARTS][V] = {}, sum[PARTS][V] = {};
+    if (s.bias && inside)
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const Index here = at + i * 32 * V;
-            if (here >= hidden) break;
-            d[i] = load<V>(d_h + here);
+        for (int i = 0; i < PARTS; ++i) add<V>(bias[i], s.bias + (part.expert * PARTS + i) * s.hidden + at);
+    for (Index first = part.start + threadIdx.y; first < part.end; first += AHEAD * WARPS) {
+        Chunk<V> z[AHEAD][PARTS], d[AHEAD];
+        float weight[AHEAD];
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) chunk[i][part] = load<V>(z + part * hidden + here);
+        for (int n = 0; n < AHEAD; ++n) {
+            const Index row = first + n * WARPS;
+            if (row >= part.end) break;
+            if (WEIGHTED) weight[n] = s.weights[s.slot_of_row[row]];
+            if (!inside) continue;
+            d[n] = load<V>(s.d_h + row * s.hidden + at);
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) z[n][i] = load<V>(s.z + (row * PARTS + i) * s.hidden + at);
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const Index here = at + i * 32 * V;
-            if (here >= hidden) break;
-            float value[PARTS][V], gradient[V];
-            widen(d[i], gradient);
+        for (int n = 0; n < AHEAD; ++n) {
+            const Index row = first + n * WARPS;
+            if (row >= part.end) break;
+            float product = 0.0f;
+            if (inside) {
+                float value[PARTS][V], gradient[V];
+                widen(d[n], gradient);
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                widen(chunk[i][part], value[part]);
-                if (bias) add<V>(value[part], bias + part * hidden + here);
-            }
+                for (int i = 0; i < PARTS; ++i) {
+                    widen(z[n][i], value[i]);
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                const Curve at_gate = curve(value[0][j]);
-                const float factor = GATED ? value[PARTS - 1][j] : 1.0f;
-                if (WEIGHTED) {
-                    sum += gradient[j] * at_gate.height * factor;
-                    gradient[j] *= weight;
+                    for (int j = 0; j < V; ++j) value[i][j] += bias[i][j];
                 }
-                value[0][j] = gradient[j] * at_gate.slope * factor;
-                if (GATED) value[PARTS - 1][j] = gradient[j] * at_gate.height;
-                if (WEIGHTED) gradient[j] = weight * at_gate.height * factor;
-            }
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) store(d_z + part * hidden + here, narrow(value[part]));
-            if (WEIGHTED) store(h + here, narrow(gradient));
+                for (int j = 0; j < V; ++j) {
+                    const Curve at_gate = curve(value[0][j]);
+                    const float factor = GATED ? value[PARTS - 1][j] : 1.0f;
+                    if (WEIGHTED) {
+                        product += gradient[j] * at_gate.height * factor;
+                        gradient[j] *= weight[n];
+                    }
+                    value[0][j] = gradient[j] * at_gate.slope * factor;
+                    if (GATED) value[PARTS - 1][j] = gradient[j] * at_gate.height;
+                    if (WEIGHTED) gradient[j] = weight[n] * at_gate.height * factor;
+                }
+#pragma unroll
+                for (int i = 0; i < PARTS; ++i) {
+#pragma unroll
+                    for (int j = 0; j < V; ++j) sum[i][j] += value[i][j];
+                    copy(s.d_z + (row * PARTS + i) * s.hidden + at, narrow(value[i]));
+                }
+                if (WEIGHTED) copy(s.h + row * s.hidden + at, narrow(gradient));
+            }
+            if (WEIGHTED) {
+                product = sum_of_lanes(product);
+                if (threadIdx.x == 0) s.partial[row * gridDim.y + blockIdx.y] = product;
+            }
         }
     }
-    return sum;
+    if (s.sums)
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+            store_sums<V>(sum[i], s.sums, (static_cast<Index>(blockIdx.x) * PARTS + i) * s.hidden + strip, s.hidden);
 }
 
-// d_h (N, F) → d_z (N, F; 2F for swiglu) = d_h · act'(z + bias). d_z may be d_h itself, except for swiglu.
+// d_h (N, F) → d_z (N, F; 2F for swiglu) = d_h · act'(z + bias), which may be d_h itself, except for swiglu; and sums of its
+// rows (parts, F; 2F) where sums is not 0. Grid: (as many parts as there may be, F / (32 · elements an access)).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-activate_backward(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row,
-                  const int* kept, const Element* d_h, Element* d_z, Index hidden, Index wide) {
-    const Index row = warp_of_grid();
-    if (row >= *kept) return;
-    const Index expert = bias ? indices[slot_of_row[row]] : 0;
-    if (wide) activate_row_backward<LINE, false>(z, bias, d_h, d_z, nullptr, row, expert, hidden, 1.0f);
-    else activate_row_backward<1, false>(z, bias, d_h, d_z, nullptr, row, expert, hidden, 1.0f);
+activate_backward(const Element* z, const Element* bias, const int* slot_of_row, const int* offsets, Index experts,
+                  const Element* d_h, Element* d_z, float* sums, Index hidden, Index wide) {
+    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    if (part.start == part.end) return;
+    const Slopes slopes = {z, bias, slot_of_row, d_h, d_z, sums, nullptr, nullptr, nullptr, hidden};
+    if (wide) slopes_of_part<LINE, false>(slopes, part);
+    else slopes_of_part<1, false>(slopes, part);
+}
+
+// The same where h was not kept, and d_h is of rows without their weights (T, K): d_z and h = act(z + bias), both weighted,
+// and ⟨d_h, act(z + bias)⟩ of each row over a block's columns, partial (N, blocks across).
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
+weighted_backward(const Element* z, const Element* bias, const int* slot_of_row, const int* offsets, Index experts,
+                  const Element* d_h, Element* d_z, float* sums, const float* weights, Element* h, float* partial,
+                  Index hidden, Index wide) {
+    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    if (part.start == part.end) return;
+    const Slopes slopes = {z, bias, slot_of_row, d_h, d_z, sums, weights, h, partial, hidden};
+    if (wide) slopes_of_part<LINE, true>(slopes, part);
+    else slopes_of_part<1, true>(slopes, part);
 }
 
 template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
@@ -369,24 +460,21 @@ template <int V> __device__ float product_of_rows(const Element* __restrict__ on
     return sum;
 }
 
-// The same where h was not kept and d_h is of rows without their weights (T, K): d_z and h = act(z + bias), both weighted,
-// and d_weights (T, K) = ⟨d_h, act(z + bias)⟩, + ⟨d_rows (N, D), b_out (E, D)⟩ where b_out is not 0; 0 for a dropped slot.
+// d_weights (T, K) = Σ of the slot's row in partial (N, B), and ⟨d_out[t], bias of its expert⟩ where bias is not 0; 0 for
+// a dropped slot.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-weighted_backward(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row, const int* kept,
-                  const Element* d_h, Element* d_z, const float* weights, Element* h, const Element* d_rows,
-                  const Element* b_out, float* d_weights, Index rows, Index hidden, Index width, Index wide) {
-    const Index row = warp_of_grid();
-    if (row >= rows) return;
-    const int slot = slot_of_row[row];
+slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const Element* d_out,
+              const Index* indices, const Element* bias, float* d_weights, Index slots, Index top_k, Index blocks,
+              Index width, Index wide) {
+    const Index slot = warp_of_grid();
+    if (slot >= slots) return;
+    const Index row = row_of_slot[slot];
     float sum = 0.0f;
     if (row < *kept) {
-        const Index expert = bias || b_out ? indices[slot] : 0;
-        const float weight = weights[slot];
-        sum = wide ? activate_row_backward<LINE, true>(z, bias, d_h, d_z, h, row, expert, hidden, weight)
-                   : activate_row_backward<1, true>(z, bias, d_h, d_z, h, row, expert, hidden, weight);
-        if (b_out) {
-            const Element *one = d_rows + row * width, *other = b_out + expert * width;
-            sum += wide ? product_of_rows<LINE>(one, other, width) : product_of_rows<1>(one, other, width);
+        for (Index at = threadIdx.x; at < blocks; at += 32) sum += partial[row * blocks + at];
+        if (bias) {
+            const Element *dy = d_out + slot / top_k * width, *b = bias + indices[slot] * width;
+            sum += wide ? product_of_rows<LINE>(dy, b, width) : product_of_rows<1>(dy, b, width);
         }
     }
     sum = sum_of_lanes(sum);
@@ -395,35 +483,14 @@ weighted_backward(const Element* z, const Element* bias, const Index* indices, c
 
 // Gradients of the experts' parameters
 
-constexpr int TALL = 256;  // rows of a part of an expert's
-
-// The part-th of all experts' parts: which expert's, which rows, and where in the expert's it stands.
-struct Part {
-    int expert = 0, number;
-    Index start = 0, end = 0;
-
-    __device__ Part(const int* offsets, int experts, int part) : number(part) {
-        for (; expert < experts; ++expert) {
-            const int first = expert ? offsets[expert - 1] : 0, parts = (offsets[expert] - first + TALL - 1) / TALL;
-            if (number < parts) {
-                start = first + static_cast<Index>(number) * TALL;
-                end = min(start + TALL, static_cast<Index>(offsets[expert]));
-                return;
-            }
-            number -= parts;
-        }
-    }
-};
-
 template <int V> __device__ void sum_columns(
     const Element* __restrict__ rows, const float* __restrict__ weights, const int* __restrict__ slot_of_row,
-    float* __restrict__ sums, Index start, Index end, Index top_k, Index width) {
-    __shared__ float of_warp[WARPS][32 * V];
-    const Index at = (static_cast<Index>(blockIdx.y) * 32 + threadIdx.x) * V;
+    float* __restrict__ sums, const Part& part, Index top_k, Index width) {
+    const Index strip = static_cast<Index>(blockIdx.y) * 32 * V, at = strip + threadIdx.x * V;
     float sum[V] = {};
     if (at < width && weights) {
 #pragma unroll 4
-        for (Index row = start + threadIdx.y; row < end; row += WARPS) {
+        for (Index row = part.start + threadIdx.y; row < part.end; row += WARPS) {
             const Index slot = slot_of_row[row];
             float value[V] = {};
             add<V>(value, rows + slot / top_k * width + at);
@@ -433,17 +500,9 @@ template <int V> __device__ void sum_columns(
         }
     } else if (at < width) {
 #pragma unroll 4
-        for (Index row = start + threadIdx.y; row < end; row += WARPS) add<V>(sum, rows + row * width + at);
+        for (Index row = part.start + threadIdx.y; row < part.end; row += WARPS) add<V>(sum, rows + row * width + at);
     }
-#pragma unroll
-    for (int j = 0; j < V; ++j) of_warp[threadIdx.y][threadIdx.x * V + j] = sum[j];
-    __syncthreads();
-    const int column = threadIdx.y * 32 + threadIdx.x;
-    const Index to = static_cast<Index>(blockIdx.y) * 32 * V + column;
-    if (column >= 32 * V || to >= width) return;
-    float total = 0.0f;
-    for (int i = 0; i < WARPS; ++i) total += of_warp[i][column];
-    sums[blockIdx.x * width + to] = total;
+    store_sums<V>(sum, sums, blockIdx.x * width + strip, width);
 }
 
 // rows (N, C) → sums (parts, C), over the rows of each part; or with weights (T, K) of tokens (T, C) for rows, the sum of
@@ -453,7 +512,7 @@ bias_parts(const Element* rows, const float* weights, const int* slot_of_row, co
            Index experts, Index top_k, Index width, Index wide) {
     const Part part(offsets, static_cast<int>(experts), blockIdx.x);
     if (part.start == part.end) return;
-    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part.start, part.end, top_k, width);
+    BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part, top_k, width);
 }
 
 // sums (parts, C) → out (E, C), over the parts of an expert in their order. Grid: (C / (32 · WARPS), E).
