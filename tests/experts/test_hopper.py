@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from emulated_gpu import EmulatedLaunch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moelab
 from moelab.experts import choice, hopper, mlp, nvrtc, reference, self_check
 from moelab.experts.activation import inner_size
 
@@ -117,10 +119,29 @@ def test_rows_of_another_expert_or_of_nobody_stay_out_of_a_weight_gradient(emula
     d_y[50:], x[50:] = torch.nan, torch.nan
     offsets = torch.tensor([50, 100], dtype=torch.int32)
     products = hopper.Products(emulated, offsets, torch.device("cpu"))  # type: ignore[arg-type]
-    found = products.weight_gradient(d_y, x, torch.empty(2, 128, 128, dtype=torch.bfloat16))
+    found = products.weight_gradient(d_y, x)
     right = d_y[:50].double().T @ x[:50].double()
     assert ((found[0].double() - right).norm() / right.norm()).item() <= 1e-2
     assert found[1].isnan().all()
+
+
+def test_gradients_of_fp32_matrices_are_not_rounded(emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "launches", emulated.launches)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 128, generator=generator).bfloat16()
+    w_in = torch.randn(2, 256, 128, generator=generator).requires_grad_()
+    w_out = torch.randn(2, 128, 256, generator=generator).requires_grad_()
+    indices = torch.arange(40)[:, None] % 2
+    call = partial(moelab.expert_mlp, x, torch.ones(40, 1), indices)
+    monkeypatch.setattr(mlp, "_chosen", lambda backend, *_: backend)  # it is usable on GPUs only
+    wide, narrow = (
+        torch.autograd.grad(call(*given, backend="hopper").sum(), [w_in, w_out])
+        for given in ((w_in, w_out), (w_in.bfloat16(), w_out.bfloat16()))
+    )
+    for one, other in zip(wide, narrow, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.equal(one.bfloat16().float(), other)
+        assert not torch.equal(one, other)
 
 
 @given(

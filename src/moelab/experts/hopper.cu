@@ -137,14 +137,14 @@ struct Parts {
     }
 };
 
-// dw[e] (outside, inside) = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
+// dw[e] (outside, inside) fp32 = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
 //
-// The only part of an expert goes to dw; of several each goes to parts (part, outside, inside) in fp32, which `sum_parts`
-// adds. Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: 64 by 64. outside and
-// inside are multiples of 128, inside of 512 where blocks are two.
+// The only part of an expert goes to dw; of several each goes to parts (part, outside, inside), which `sum_parts` adds.
+// Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: 64 by 64. outside and inside
+// are multiples of 128, inside of 512 where blocks are two.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long experts, long long outside_,
-                long long inside_, long long target, long long last, unsigned short* dw, float* parts) {
+weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, long long outside_,
+                long long inside_, long long target, long long last, float* dw, float* parts) {
     const int outside = static_cast<int>(outside_), inside = static_cast<int>(inside_);
     const int high = outside / ROWS, across = (inside + COLUMNS - 1) / COLUMNS / BLOCKS;
     const Cuts cuts = {static_cast<int>(experts), static_cast<int>(target), static_cast<int>(last)};
@@ -186,21 +186,18 @@ weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long 
                 add_block<1, 1>(acc, n, k, half);
             }
             finish_blocks(acc, n - 1);
-            if (part.number < 0) {
-                store_half(acc, dw_map, dw, part.expert * outside + part.left, ROWS, part.right, inside, half);
-            } else {
-                const int lane = threadIdx.x % 32, row = part.left + 64 * half + threadIdx.x % 128 / 32 * 16 + lane / 4;
-                float* to = parts + (part.number * static_cast<long long>(outside) + row) * inside + part.right + 2 * (lane % 4);
+            const int lane = threadIdx.x % 32, row = part.left + 64 * half + threadIdx.x % 128 / 32 * 16 + lane / 4;
+            const long long matrix = part.number < 0 ? part.expert : part.number;
+            float* to = (part.number < 0 ? dw : parts) + (matrix * outside + row) * inside + part.right + 2 * (lane % 4);
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (part.right + 128 * i < inside)
+            for (int i = 0; i < 2; ++i)
+                if (part.right + 128 * i < inside)
 #pragma unroll
-                        for (int down = 0; down < 2; ++down)
+                    for (int down = 0; down < 2; ++down)
 #pragma unroll
-                            for (int j = 0; j < 16; ++j)
-                                *reinterpret_cast<float2*>(to + 8ll * down * inside + 128 * i + 8 * j) =
-                                    make_float2(acc[i][4 * j + 2 * down], acc[i][4 * j + 2 * down + 1]);
-            }
+                        for (int j = 0; j < 16; ++j)
+                            *reinterpret_cast<float2*>(to + 8ll * down * inside + 128 * i + 8 * j) =
+                                make_float2(acc[i][4 * j + 2 * down], acc[i][4 * j + 2 * down + 1]);
         }
     }
     end();
@@ -208,7 +205,7 @@ weight_gradient(MAP y_map, MAP x_map, MAP dw_map, const int* offsets, long long 
 
 // What `weight_gradient` left in parts, summed in their order into dw; zeros for an expert without rows. Grid: (any, E).
 extern "C" __global__ void __launch_bounds__(256)
-sum_parts(const float* parts, const int* offsets, unsigned short* dw, long long size, long long target, long long last) {
+sum_parts(const float* parts, const int* offsets, float* dw, long long size, long long target, long long last) {
     const int expert = blockIdx.y;
     const Cuts cuts = {static_cast<int>(gridDim.y), static_cast<int>(target), static_cast<int>(last)};
     int first = 0, count = 0;
@@ -218,13 +215,13 @@ sum_parts(const float* parts, const int* offsets, unsigned short* dw, long long 
     }
     if (count == 1) return;
     const float4* from = reinterpret_cast<const float4*>(parts + first * size);
-    uint2* to = reinterpret_cast<uint2*>(dw + expert * size);
+    float4* to = reinterpret_cast<float4*>(dw + expert * size);
     for (long long i = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x; i < size / 4; i += gridDim.x * 256ll) {
         float4 sum = {0, 0, 0, 0};
         for (int part = 0; part < count; ++part) {
             const float4 next = from[part * (size / 4) + i];
             sum = {sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w};
         }
-        to[i] = {two_bfloats(sum.x, sum.y), two_bfloats(sum.z, sum.w)};
+        to[i] = sum;
     }
 }

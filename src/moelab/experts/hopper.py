@@ -26,6 +26,7 @@ from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows
 
 TRIAL = (128, 256)  # D and F of a self-check
+CASTS = True  # matrices come as they are, so that their gradients need not be rounded
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
@@ -83,7 +84,7 @@ def expert_mlp(
     b_out: torch.Tensor | None,
     activation: Activation,
 ) -> torch.Tensor:
-    """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
+    """See `moelab.expert_mlp`; the inputs are already checked, the weights fp32, the biases of x's dtype."""
     y: torch.Tensor = torch.ops.moelab.hopper_experts(
         _aligned(x_TD), weights_TK.contiguous(), indices_TK.long().contiguous(), _aligned(w_in), _aligned(w_out),
         None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(), activation,
@@ -138,16 +139,17 @@ class Products:
             self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
         return out
 
-    def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """Σ over an expert's rows of d_y ⊗ x, like w (E, O, I): d_y (N, O), x (N, I)."""
-        experts, outside, inside = w.shape
+    def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """d_y (N, O), x (N, I) → Σ over an expert's rows of d_y ⊗ x, (E, O, I) in fp32."""
+        experts, outside, inside = len(self.offsets), d_y.shape[1], x.shape[1]
+        dw = torch.empty(experts, outside, inside, dtype=torch.float32, device=x.device)
         if len(x) == 0:
-            return torch.zeros_like(w)
-        blocks, dw = _cluster(inside), torch.empty_like(w)
+            return dw.zero_()
+        blocks = _cluster(inside)
         tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
         target, last, most = _cuts(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
         parts = torch.empty(most, outside, inside, dtype=torch.float32, device=x.device)
-        maps = self.launch.map(d_y, 64), self.launch.map(x, 64), self.launch.map(dw.flatten(0, 1), 64)
+        maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
         self._run(
             "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, target,
             last, dw.data_ptr(), parts.data_ptr(),
@@ -206,15 +208,19 @@ Tensors = tuple[torch.Tensor, ...]
 def hopper_experts(
     x: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, w_in: torch.Tensor, w_out: torch.Tensor,
     b_in: torch.Tensor | None, b_out: torch.Tensor | None, activation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """→ y (T, D), z (N, F) and the routing."""
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
+    """→ y (T, D), z (N, F), the routing, and w_in and w_out in x's dtype; empty where they are."""
     with nvrtc.launches(x.device) as launch:
         routing = rows_backend.route(launch, indices, w_in.shape[0])
         kernels = Rows(launch, rows_backend._rows(x.dtype, activation), routing, indices)
         products = Products(launch, routing.offsets, x.device)
-        z = products.forward(kernels.dispatch(x), w_in)
-        outputs = products.forward(kernels.activate(z, b_in, w_out.shape[2]), w_out)
-        return kernels.combine(outputs, weights, b_out), z, *routing
+        kept = [x.new_empty(0) if w.dtype == x.dtype else w.to(x.dtype) for w in (w_in, w_out)]
+        cast_in, cast_out = (w if len(c) == 0 else c for w, c in zip((w_in, w_out), kept, strict=True))
+        z = products.forward(kernels.dispatch(x), cast_in)
+        outputs = products.forward(kernels.activate(z, b_in, w_out.shape[2]), cast_out)
+        return kernels.combine(outputs, weights, b_out), z, *routing, kept[0], kept[1]
 
 
 @hopper_experts.register_fake
@@ -222,7 +228,8 @@ def _(x: Any, weights: Any, indices: Any, w_in: Any, w_out: Any, b_in: Any, b_ou
     slots = indices.numel()
     row = indices.new_empty(slots, dtype=torch.int32)
     offsets = indices.new_empty(w_in.shape[0], dtype=torch.int32)
-    return torch.empty_like(x), x.new_empty(slots, w_in.shape[1]), row, torch.empty_like(row), offsets
+    kept = (x.new_empty(0 if w.dtype == x.dtype else w.shape) for w in (w_in, w_out))
+    return torch.empty_like(x), x.new_empty(slots, w_in.shape[1]), row, torch.empty_like(row), offsets, *kept
 
 
 @torch.library.custom_op("moelab::hopper_experts_backward", mutates_args=())
@@ -231,7 +238,10 @@ def hopper_experts_backward(
     w_out: torch.Tensor, b_in: torch.Tensor | None, b_out: torch.Tensor | None, z: torch.Tensor,
     row_of_slot: torch.Tensor, slot_of_row: torch.Tensor, offsets: torch.Tensor, activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """→ gradients of x, weights, w_in, w_out, b_in and b_out; of a bias that is None an empty tensor."""
+    """→ gradients of x, weights, w_in and w_out in fp32, b_in and b_out; of a bias that is None an empty tensor.
+
+    w_in and w_out are of x's dtype.
+    """
     dy = _aligned(dy)
     with nvrtc.launches(dy.device) as launch:
         routing = Routing(row_of_slot, slot_of_row, offsets)
@@ -240,10 +250,10 @@ def hopper_experts_backward(
         d_rows = kernels.dispatch(dy)
         d_h = products.backward(d_rows, w_out)
         d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dy, b_out)
-        d_w_out = products.weight_gradient(d_rows, h, w_out)
+        d_w_out = products.weight_gradient(d_rows, h)
         del d_rows, d_h, h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
-        d_w_in = products.weight_gradient(d_z, kernels.dispatch(x), w_in)
+        d_w_in = products.weight_gradient(d_z, kernels.dispatch(x))
         d_x = kernels.combine(products.backward(d_z, w_in))
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 
@@ -252,21 +262,26 @@ def hopper_experts_backward(
 def _(
     dy: Any, x: Any, weights: Any, indices: Any, w_in: Any, w_out: Any, b_in: Any, b_out: Any, *_: Any
 ) -> Tensors:  # fmt: skip
+    matrices = (torch.empty_like(w, dtype=torch.float32) for w in (w_in, w_out))
     biases = [x.new_empty(0) if b is None else torch.empty_like(b) for b in (b_in, b_out)]
-    return (*(torch.empty_like(t) for t in (x, weights, w_in, w_out)), *biases)
+    return torch.empty_like(x), torch.empty_like(weights), *matrices, *biases
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-    *tensors, ctx.activation = inputs
+    x, weights, indices, w_in, w_out, b_in, b_out, ctx.activation = inputs
+    _, z, *routing, cast_in, cast_out = output
+    ctx.wide = [w.dtype != x.dtype for w in (w_in, w_out)]
+    matrices = [cast if wide else w for w, cast, wide in zip((w_in, w_out), (cast_in, cast_out), ctx.wide, strict=True)]
     ctx.set_materialize_grads(False)  # else zeros, of what is kept, for each step
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(x, weights, indices, *matrices, b_in, b_out, z, *routing)
 
 
 def _backward(ctx: Any, dy: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out = torch.ops.moelab.hopper_experts_backward(
+    d_x, d_weights, *d_matrices, d_b_in, d_b_out = torch.ops.moelab.hopper_experts_backward(
         dy, *tensors, ctx.activation
     )
+    d_w_in, d_w_out = (d if wide else d.to(dy.dtype) for d, wide in zip(d_matrices, ctx.wide, strict=True))
     b_in, b_out = tensors[5:7]
     biases = (None if b_in is None else d_b_in, None if b_out is None else d_b_out)
     return d_x, d_weights, None, d_w_in, d_w_out, *biases, None

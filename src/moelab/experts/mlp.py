@@ -99,8 +99,10 @@ def expert_mlp(
     sizes = map(operator.index, (width, hidden, experts, indices.shape[1]))
     module = BACKENDS[_chosen(backend, x.device, x.dtype, activation, bias, *sizes)]
     wide = torch.promote_types(x.dtype, torch.float32)
-    cast = [None if p is None else p.to(x.dtype) for p in (w_in, w_out, b_in, b_out)]
-    y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, *cast, activation)
+    if not getattr(module, "CASTS", False):
+        w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
+    biases = (None if b is None else b.to(x.dtype) for b in (b_in, b_out))
+    y: torch.Tensor = module.expert_mlp(x, weights.to(wide), indices, w_in, w_out, *biases, activation)
     return y
 
 
