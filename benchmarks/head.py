@@ -1,10 +1,12 @@
 """The output head and its loss: whole logits against chunks, and against PyTorch's own (from 2.13 on).
 
-    python benchmarks/head.py [--presets 5m 40m 124m 350m] [--sequences 32] [--json FILE]
+    python benchmarks/head.py [--presets 5m 40m 124m 350m] [--sequences 32] [--kernels 16x4x2 …] [--json FILE]
 
 Times forward and backward, from the normed hidden states to the gradients of them and of the fp32 weight, in turns, and
 takes each way's peak memory over what was there before. `moelab.model.head.CHUNK` is chosen from it. On GPUs the
-whole logits are compiled, as training compiles them.
+whole logits are compiled, as training would compile them; and the softmax alone is timed for each of `--kernels`, which
+are warps × blocks held × programs of a multiprocessor, as `softmax_kernel` takes them. One read and one write of the
+logits count as moved.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from moelab.device import (
     resolve_device,
     synchronize,
 )
-from moelab.model.head import next_token_loss
+from moelab.model.head import next_token_loss, softmax_kernel
 from moelab.presets import preset
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -52,6 +54,10 @@ class Benchmark:
     """Most tokens at once."""
     torch: bool = True
     """PyTorch's own too, where it has one."""
+    kernels: tuple[str, ...] = ("16x4x2", "16x5x2", "16x0x2", "32x6x1", "32x0x2", "8x4x4", "8x0x8")
+    """On GPUs."""
+    tokens: int = 8192
+    """Rows of logits for `kernels`."""
     rounds: int = 5
     compile: bool | None = None
     """Compile the whole logits; on GPUs when not given."""
@@ -138,8 +144,32 @@ def main() -> None:
             rows[name, way] |= {"ms": ms, "tflops": flops / ms / 1e9}
     facts = environment(device, compute_dtype("auto", device))
     show(list(rows.values()), facts)
+    kernels = softmax(settings, device) if device.type == "cuda" else []
     if settings.json:
-        settings.json.write_text(json.dumps({"environment": facts, "rows": list(rows.values())}, indent=2) + "\n")
+        found = {"environment": facts, "rows": list(rows.values()), "kernels": kernels}
+        settings.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def softmax(settings: Benchmark, device: torch.device) -> list[dict[str, Any]]:
+    """Times the kernels in turns; what each leaves is the next one's logits."""
+    logits = torch.randn(settings.tokens, settings.vocabulary, device=device, dtype=compute_dtype("auto", device))
+    targets = torch.randint(0, settings.vocabulary, (settings.tokens,), device=device)
+    times: dict[str, list[float]] = {kernel: [] for kernel in settings.kernels}
+    for number in range(settings.rounds + 1):
+        for kernel, found in times.items():
+            warps, held, programs = map(int, kernel.split("x"))
+            ms = wall_ms(partial(softmax_kernel, logits, targets, warps, held, programs), 10, device)
+            if number:
+                found.append(ms)
+    table = Table("warps × held × programs", "us", "TB/s")
+    rows = []
+    for kernel, found in times.items():
+        ms = statistics.median(found)
+        moved = 2 * logits.nbytes / ms / 1e9
+        rows.append({"kernel": kernel, "ms": ms, "tb_per_s": moved})
+        table.add_row(kernel, f"{ms * 1e3:.0f}", f"{moved:.2f}")
+    Console().print(table)
+    return rows
 
 
 def one_chunk(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -144,15 +144,48 @@ def test_the_model_traces_into_one_graph_with_chunks(small_chunks: None) -> None
 @pytest.mark.parametrize(
     ("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)], ids=str
 )
-@pytest.mark.parametrize("vocabulary", [1_000, 4_096, 50_304])
+@pytest.mark.parametrize("vocabulary", [320, 1_001, 4_096, 50_304, 129_280])
 def test_chunks_are_right_on_a_gpu(vocabulary: int, dtype: torch.dtype, allowed: float) -> None:
     inputs = [t.cuda() for t in drawn(1_000, 64, vocabulary, dtype)]
     expected = exactly(*inputs)
-    for rows in (128, 512):
+    for rows in (128, 512, 1_000):
         first, again = chunked(*inputs, rows), chunked(*inputs, rows)
         for one, two, other in zip(first, again, expected, strict=True):
             assert torch.equal(one, two)
             assert ((one.double() - other).norm() / other.norm()).item() <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("warps", "held", "programs"), [(32, 6, 1), (16, 4, 2), (32, 0, 2), (8, 2, 4)])
+def test_the_kernel_is_right_however_much_of_a_row_it_keeps(
+    warps: int, held: int, programs: int, dtype: torch.dtype
+) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    logits = (3 * torch.randn(300, 50_304, generator=g, device="cuda")).to(dtype)
+    targets = torch.randint(0, 50_304, (300,), generator=g, device="cuda")
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.sum(), [exact])
+    found = head.softmax_kernel(logits, targets, warps, held, programs)
+    torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-5)
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    assert (logits.double() - gradient).norm() <= allowed * gradient.norm()
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_no_second_copy_of_few_logits() -> None:
+    tokens, vocabulary = 1_024, 50_304
+    x, w, targets = (t.cuda() for t in drawn(tokens, 64, vocabulary, torch.bfloat16))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    next_token_loss(x, w, targets).backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    next_token_loss(x, w, targets).backward()
+    torch.cuda.synchronize()
+    logits, of_weight = tokens * vocabulary * 2, 64 * vocabulary
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * (logits + of_weight * (2 + 4 + 4))
 
 
 @pytest.mark.gpu

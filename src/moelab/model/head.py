@@ -1,9 +1,9 @@
 """The output head and next-token cross-entropy, without keeping the T × V logits.
 
-Large ones are computed in chunks of tokens, in one operator that makes each chunk's logits, its loss, and at once the
-gradients of x and of the head's weight (Hsu et al. 2024, "Liger Kernel", section 3.2; Wijmans et al. 2024 recompute the
-logits instead). So a chunk's logits are all that is ever there, nothing is computed twice, and a backward pass only
-multiplies by the gradient of the loss.
+On GPUs, and on CPUs where there are many tokens, they are computed in chunks of tokens, in one operator that makes each
+chunk's logits, its loss, and at once the gradients of x and of the head's weight (Hsu et al. 2024, "Liger Kernel",
+section 3.2; Wijmans et al. 2024 recompute the logits instead). So a chunk's logits are all that is ever there, nothing
+is computed twice, and a backward pass only multiplies by the gradient of the loss.
 
 - Logits are in x's dtype; the softmax, the loss, and the sum over chunks of the weight's gradient are fp32 (float64).
 - Every row of the weight takes part, those of a padded vocabulary too: training teaches them that they are not there.
@@ -113,16 +113,35 @@ def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return losses
 
 
-def softmax_kernel(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`loss_and_gradient` in one kernel, which reads the logits from memory once and writes them once."""
+def softmax_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, warps: int = 32, held: int = 0, programs: int = 2
+) -> torch.Tensor:
+    """`loss_and_gradient` in one kernel.
+
+    Args:
+        logits, targets: as there, the logits contiguous.
+        warps: of a program, which takes a row; fewer for a small vocabulary.
+        held: how many of the row's blocks of 16 bytes for each thread stay in registers; the others are read twice.
+        programs: for how many of them at once the registers of a multiprocessor are to suffice.
+    """
     from moelab.model import head_kernels as kernels
 
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    each = 16 // logits.itemsize
+    warps = min(warps, _power_of_2(-(-vocabulary // (32 * each))))
+    lanes = 32 * warps
+    whole, rest = divmod(vocabulary, lanes * each)
     kernels.loss_and_gradient[(tokens,)](
-        logits, targets, losses, VOCABULARY=vocabulary, LANES=1024, EACH=8, num_warps=32
-    )
+        logits, targets, losses, V=vocabulary, LANES=lanes, EACH=each, HELD=min(held, whole),
+        REST=_power_of_2(-(-rest // lanes)) if rest else 0,
+        num_warps=warps, maxnreg=min(255, 65_536 // (lanes * programs)),
+    )  # fmt: skip
     return losses
+
+
+def _power_of_2(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def _add_product(dw: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, first: bool) -> None:
