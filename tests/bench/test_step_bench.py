@@ -148,7 +148,7 @@ def test_what_was_timed_before_ctrl_c_is_written(
     ("words", "last", "timed"),
     [
         ("step --sizes smoke --arms dense moe --sequences 1 --rounds 1 --steps 1", "smoke moe", [("dense", None)]),
-        ("layer --widths 16 24 --tokens 20 --rounds 300 --backends grouped_mm", "D = 24", [(16, "grouped_mm")]),
+        ("layer --widths 8 768 --tokens 9 --rounds 2 --steps 2 --backends grouped_mm", "D = 768", [(8, "grouped_mm")]),
     ],
     ids=["step", "layer"],
 )

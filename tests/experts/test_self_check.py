@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moelab.config import UsageError
 from moelab.experts import check_backend, expert_mlp, mlp, reference, self_check
@@ -86,3 +87,18 @@ def test_the_choice_of_a_backend_is_marked_as_pytorch_marks_a_constant() -> None
     marks = vars(torch.compiler.assume_constant_result(other))
     assert marks
     assert marks.items() <= vars(mlp._chosen).items()
+
+
+def test_a_trial_is_not_part_of_what_its_first_call_stands_in() -> None:
+    """Else the first call of a checkpointed block recomputes the trial's own backward pass, and the backend is out."""
+    mlp._tried.cache_clear()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    w_in, w_out = torch.ones(2, 4, 8), torch.ones(2, 8, 4)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return expert_mlp(x, torch.ones(6, 1), torch.arange(6)[:, None] % 2, w_in, w_out, backend="grouped_mm")
+
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    expected = torch.autograd.grad(block(x).sum(), x)[0]
+    assert mlp.availability("grouped_mm", CPU).usable
+    torch.testing.assert_close(x.grad, expected)

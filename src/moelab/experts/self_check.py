@@ -10,7 +10,10 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +45,21 @@ def refusal(
     return said
 
 
+Answer = TypeVar("Answer")
+
+
+def apart(device: torch.device, trial: Callable[..., Answer], *given: Any) -> Answer:
+    """trial(*given) in a thread of its own: what its first caller stands in, as checkpointing, autocast or
+    inference, is not the trial's. `device` is current there."""
+
+    def run() -> Answer:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return trial(*given)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
 def failure(backend: ModuleType, device: torch.device) -> str | None:
     """What is wrong with a backend's outputs and gradients on a device, in one line; None if nothing is.
 
@@ -52,10 +70,11 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     A backend with `identity` has kernels that wait for one another: it is tried in a process of its own first, where
     one that waits for ever, or that takes the CUDA context with it, does no harm.
     """
-    return (_failure_apart(backend, device) if hasattr(backend, "identity") else None) or _failure(backend, device)
+    elsewhere = _failure_in_a_process(backend, device) if hasattr(backend, "identity") else None
+    return elsewhere or apart(device, _failure, backend, device)
 
 
-def _failure_apart(backend: ModuleType, device: torch.device) -> str | None:
+def _failure_in_a_process(backend: ModuleType, device: torch.device) -> str | None:
     """`_failure` in another process, once for an identity of the backend: its answer is kept under MOELAB_HOME."""
     name = backend.__name__
     key = hashlib.sha256(json.dumps([name, *backend.identity(device)]).encode()).hexdigest()[:32]
@@ -86,22 +105,21 @@ def _failure(backend: ModuleType, device: torch.device) -> str | None:
     """`failure` in this process."""
     sizes = getattr(backend, "TRIAL", (WIDTH, HIDDEN))
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    with torch.inference_mode(False), torch.enable_grad():
-        for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
-            bias = refusal(backend, dtype, "gelu", bias=True) is None
-            if not bias and refusal(backend, dtype, "gelu", bias=False) is not None:
-                continue
-            name = str(dtype).removeprefix("torch.")
-            expected = _results(reference, torch.float64, torch.device("cpu"), bias, sizes)
-            try:
-                found = _results(backend, dtype, device, bias, sizes)
-            except Exception as problem:  # whatever it is, it is the reason that the user is told
-                line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-                return f"a trial call in {name} failed ({line})"
-            for what, value in found.items():
-                error = ((value - expected[what]).norm() / expected[what].norm()).item()
-                if not error <= TOLERANCE:
-                    return f"a trial call in {name} gave a wrong {what}, {error:.2g} off relative to float64"
+    for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
+        bias = refusal(backend, dtype, "gelu", bias=True) is None
+        if not bias and refusal(backend, dtype, "gelu", bias=False) is not None:
+            continue
+        name = str(dtype).removeprefix("torch.")
+        expected = _results(reference, torch.float64, torch.device("cpu"), bias, sizes)
+        try:
+            found = _results(backend, dtype, device, bias, sizes)
+        except Exception as problem:  # whatever it is, it is the reason that the user is told
+            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            return f"a trial call in {name} failed ({line})"
+        for what, value in found.items():
+            error = ((value - expected[what]).norm() / expected[what].norm()).item()
+            if not error <= TOLERANCE:
+                return f"a trial call in {name} gave a wrong {what}, {error:.2g} off relative to float64"
     return None
 
 

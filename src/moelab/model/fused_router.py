@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moelab.experts import triton as triton_backend
+from moelab.experts.self_check import apart
 
 MOST_EXPERTS = 256
 
@@ -34,22 +35,25 @@ def _tried(device: torch.device) -> bool:
     """Tries the kernels once on a device."""
     if triton_backend.unusable(device) is not None:
         return False
-    with torch.inference_mode(False), torch.enable_grad():
-        generator = torch.Generator().manual_seed(0)
-        x, w = (torch.randn(s, generator=generator, device="cpu") for s in ((70, 24), (5, 24)))
-        x = x.to(device).requires_grad_()
-        w = w.to(device).requires_grad_()
-        try:
-            _, weights, indices, logits = route(x, w, None, 2, "softmax", "chosen")
-            found = torch.autograd.grad(weights.square().sum() + logits.sin().sum(), [x, w])
-        except Exception:  # whatever it is, the router can do without
-            return False
-        right_logits = x @ w.T
-        right_weights = torch.softmax(right_logits.gather(1, indices), 1)
-        right = torch.autograd.grad(right_weights.square().sum() + right_logits.sin().sum(), [x, w])
-        best = torch.topk(right_logits, 2).indices
-        pairs = zip([weights, logits, *found], [right_weights, right_logits, *right], strict=True)
-        return torch.equal(best, indices) and all(((a - b).norm() <= 1e-2 * b.norm()).item() for a, b in pairs)
+    return apart(device, _answers, device)
+
+
+def _answers(device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=generator, device="cpu") for s in ((70, 24), (5, 24)))
+    x = x.to(device).requires_grad_()
+    w = w.to(device).requires_grad_()
+    try:
+        _, weights, indices, logits = route(x, w, None, 2, "softmax", "chosen")
+        found = torch.autograd.grad(weights.square().sum() + logits.sin().sum(), [x, w])
+    except Exception:  # whatever it is, the router can do without
+        return False
+    right_logits = x @ w.T
+    right_weights = torch.softmax(right_logits.gather(1, indices), 1)
+    right = torch.autograd.grad(right_weights.square().sum() + right_logits.sin().sum(), [x, w])
+    best = torch.topk(right_logits, 2).indices
+    pairs = zip([weights, logits, *found], [right_weights, right_logits, *right], strict=True)
+    return torch.equal(best, indices) and all(((a - b).norm() <= 1e-2 * b.norm()).item() for a, b in pairs)
 
 
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
