@@ -330,7 +330,8 @@ MANY = [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (90, 33, 50, 3, 3)]
     ("sizes", "dropped", "dtype"),
     [
         *((s, 0.3, d) for s in MANY for d in (torch.float32, torch.bfloat16, torch.float16)),
-        *((s, 0.0, torch.bfloat16) for s in (*MANY, (1, 16, 24, 8, 2), (0, 16, 24, 8, 2))),
+        # One token of four experts: of two a norm of two sums is at times all cancellation.
+        *((s, 0.0, torch.bfloat16) for s in (*MANY, (1, 16, 24, 8, 4), (0, 16, 24, 8, 2))),
     ],
     ids=str,
 )

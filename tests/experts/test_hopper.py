@@ -239,7 +239,8 @@ def test_the_same_call_on_a_gpu_gives_the_same_bits() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(5000, 512, device="cuda", generator=generator).bfloat16().requires_grad_()
     w_in, w_out = (
-        torch.randn(8, *s, device="cuda", generator=generator).bfloat16() for s in ((1024, 512), (512, 1024))
+        torch.randn(8, *s, device="cuda", generator=generator).bfloat16().requires_grad_()
+        for s in ((1024, 512), (512, 1024))
     )
     weights = torch.rand(5000, 2, device="cuda", generator=generator).requires_grad_()
     indices = torch.rand(5000, 8, device="cuda", generator=generator).topk(2).indices

@@ -92,6 +92,7 @@ class Step:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._rehearse(windows)
+            torch.cuda.empty_cache()  # or the next would cut up what this one left, and lack room for the head
             waits = self._waits_for_host(windows)
             if waits is None:
                 rehearse(self.optimizer)
