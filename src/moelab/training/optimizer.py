@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
 
     A matrix is a parameter with two or more axes, embeddings and the (E, F, D) experts included, except the experts'
     (E, F) and (E, D) biases; vectors (biases, norms) are not decayed. Each parameter is in exactly one group.
-    With fp32 state it is PyTorch's fused kernel, which CPUs have too, except on devices without one; bf16 state is
-    `AdamWBf16`, and 8-bit state torchao's.
+    With 8-bit state it is torchao's; on GPUs with Triton, and with bf16 state everywhere, `AdamW`; else PyTorch's,
+    fused where there is such a kernel.
 
     Raises:
         UsageError: 8-bit state without torchao.
@@ -51,9 +51,11 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
     }
     match config.optimizer_state:
         case "bf16":
-            return AdamWBf16(groups, **settings)
+            return AdamW(groups, **settings, moments=torch.bfloat16)
         case "8bit":
             return _adamw_8bit(groups, settings, compiled=device.type == "cuda" and config.compile != "off")
+    if device.type == "cuda" and triton_backend.unusable(device) is None:
+        return AdamW(groups, **settings, moments=torch.float32)
     return _adamw_fp32(groups, settings, device)
 
 
@@ -87,6 +89,20 @@ def check_optimizer_state(state: str) -> None:
         raise UsageError("optimizer-state = 8bit: needs torchao; pip install 'moelab[8bit]', or give bf16 or fp32")
 
 
+def clip_gradients(parameters: Iterable[torch.Tensor], optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
+    """Has the optimizer use gradients of which the norm is `most`, or less; 0 for any. → their norm () fp32 before.
+
+    `AdamW` is given the factor for its step; for other optimizers the gradients are changed.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(optimizer, AdamW):
+        optimizer.factor = (most / (norm + 1e-6)).clamp(max=1.0) if most else None
+    elif most:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
+
+
 def learning_rate(step: int, config: TrainingConfig) -> float:
     """Learning rate of a step (from 0): linear warm-up, then a cosine down to `min_learning_rate` at the last step."""
     warmup = min(config.warmup_steps, config.steps)
@@ -111,55 +127,129 @@ def _adamw_fp32(groups: list[dict[str, Any]], settings: dict[str, Any], device: 
     return optimizer
 
 
-class AdamWBf16(torch.optim.Optimizer):
-    """AdamW of fp32 parameters whose mean and mean square of the gradient are kept in bf16.
+class AdamW(torch.optim.Optimizer):
+    """AdamW of fp32 parameters whose mean and mean square of the gradient are kept in fp32 or bf16.
 
-    A step computes in fp32 from them, and its update uses the new ones before they are rounded: up or down by chance,
+    On GPUs a step is one kernel for each group of parameters, and one pass over memory: it reads gradients, parameters
+    and moments and writes the last two, 28 bytes a parameter in fp32. Clipping is in that pass (`factor`).
+
+    A step computes in fp32, and its update uses the new moments before they are rounded to bf16: up or down by chance,
     in proportion, since what is rounded to the nearest loses changes of less than half a unit for ever (Gupta et al.
     2015, section 3.2). The chance is a hash of the step and of the number's place, the same in every run.
 
-    On GPUs it is one kernel a parameter. The count of steps, and a learning rate that is a tensor, stay on the device:
-    a step can be captured in a CUDA graph.
+    The count of steps and a learning rate that is a tensor stay on the device: a CUDA graph can hold a step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
+    factor: torch.Tensor | None = None
+    """What the gradients are multiplied by before they are used, () fp32 on their device; 1 without it."""
+    found_inf: torch.Tensor | None = None
+    """Not 0: the step is to change nothing. `torch.amp.GradScaler` sets it."""
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, moments: torch.dtype
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         for group in self.param_groups:
             for p in group["params"]:
-                moments = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
-                self.state[p] = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+                kept = (torch.zeros_like(p, dtype=moments) for _ in range(2))
+                self.state[p] = dict(zip(("exp_avg", "exp_avg_sq"), kept, strict=True))
                 self.state[p]["step"] = torch.zeros((), device=p.device)
+        device = self.param_groups[0]["params"][0].device
+        by_kernel = triton_backend.unusable(device) is None
+        self.launches = [_Launch(group["params"]) for group in self.param_groups] if by_kernel else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             moved = [p for p in group["params"] if p.grad is not None]
             if not moved:
                 continue
-            torch._foreach_add_([self.state[p]["step"] for p in moved], 1)
-            rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=moved[0].device)
+            counts, device = [self.state[p]["step"] for p in moved], moved[0].device
+            torch._foreach_add_(counts, 1)
+            if self.found_inf is not None:
+                torch._foreach_sub_(counts, [self.found_inf] * len(counts))
+            rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            factor = torch.ones((), device=device) if self.factor is None else self.factor
             rest = (*group["betas"], group["eps"], group["weight_decay"])
+            if self.launches is not None:
+                self.launches[number](self.state, rate, factor, self.found_inf, *rest)
+                continue
+            assert self.found_inf is None, "fp16 is trained on GPUs"
             for p in moved:
-                by_kernel = p.is_cuda and triton_backend.unusable(p.device) is None
-                update = update_by_kernel if by_kernel else update_by_operators
                 state = self.state[p]
-                update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], rate, *rest)
+                assert p.grad is not None
+                update_by_operators(
+                    p, p.grad * factor, state["exp_avg"], state["exp_avg_sq"], state["step"], rate, *rest
+                )
+
+
+class _Launch:
+    """`optimizer_kernels.adamw` for the parameters of one group, on one device, with its tables.
+
+    Of a block the kernel finds the parameter, and of a parameter the addresses, in memory of the device. A CUDA graph
+    copies the addresses there from page-locked memory again at each replay.
+    """
+
+    BLOCK, WARPS = 2048, 4  # of a program, numbers and warps
+    COLUMNS = 7  # addresses of the parameter, its gradient, moments and count of steps; its numbers; its first block
+
+    def __init__(self, parameters: list[torch.Tensor]) -> None:
+        self.parameters, device = parameters, parameters[0].device
+        sizes = torch.tensor([p.numel() for p in parameters])
+        blocks = (sizes + self.BLOCK - 1) // self.BLOCK
+        self.sizes, self.firsts = sizes.tolist(), (blocks.cumsum(0) - blocks).tolist()
+        self.owners = torch.repeat_interleave(torch.arange(len(parameters), dtype=torch.int32), blocks).to(device)
+        self.locked = torch.empty(len(parameters), self.COLUMNS, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def __call__(
+        self, states: dict[torch.Tensor, Any], rate: torch.Tensor, factor: torch.Tensor,
+        found_inf: torch.Tensor | None, beta1: float, beta2: float, epsilon: float, decay: float,
+    ) -> None:  # fmt: skip
+        from moelab.training import optimizer_kernels as kernels
+
+        gradients = [None if p.grad is None else _in_lines(p.grad) for p in self.parameters]
+        rows = []
+        for p, grad, size, first in zip(self.parameters, gradients, self.sizes, self.firsts, strict=True):
+            state = states[p]
+            moved = (p, p if grad is None else grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            rows.append([*(tensor.data_ptr() for tensor in moved), 0 if grad is None else size, first])
+        table = torch.tensor(rows, dtype=torch.int64)
+        if self.owners.is_cuda and torch.cuda.is_current_stream_capturing():
+            table = self.locked.copy_(table)  # stays where it is, and as it is, for the replays
+        kernels.adamw[(len(self.owners),)](
+            table.to(self.owners.device, non_blocking=True), self.owners, rate, factor, found_inf,
+            1 - beta1, 1 - beta2, _log(beta1), _log(beta2), epsilon, decay,
+            MOMENTS=kernels.TYPES[states[self.parameters[0]]["exp_avg"].dtype], COLUMNS=self.COLUMNS, BLOCK=self.BLOCK,
+            num_warps=self.WARPS,
+        )  # fmt: skip
+
+
+def _in_lines(gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient, contiguous and from an address of whole lines of 16 bytes on."""
+    whole = gradient.contiguous()
+    return whole.clone() if whole.data_ptr() % 16 else whole
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def update_by_operators(
     p: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
     step: torch.Tensor, rate: torch.Tensor, beta1: float, beta2: float, epsilon: float, decay: float,
 ) -> None:  # fmt: skip
-    """One step of fp32 p in place, from fp32 grad and the bf16 moments, which move too; step counts from 1."""
-    mean = exp_avg.float().lerp_(grad, 1 - beta1)
+    """One step of fp32 p in place, from fp32 grad and fp32 or bf16 moments, which move too; step counts from 1."""
+    mean = exp_avg.float().lerp_(grad, 1 - beta1)  # the moments themselves, if they are fp32
     square = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    place = torch.arange(p.numel(), device=p.device).view_as(p)
-    chance = scattered((place + step.long() * 0x9E3779B9) & MASK)
-    exp_avg.copy_(rounded(mean, chance & 0xFFFF))
-    exp_avg_sq.copy_(rounded(square, chance >> 16))
+    if exp_avg.dtype == torch.bfloat16:
+        place = torch.arange(p.numel(), device=p.device).view_as(p)
+        chance = scattered((place + step.long() * 0x9E3779B9) & MASK)
+        exp_avg.copy_(rounded(mean, chance & 0xFFFF))
+        exp_avg_sq.copy_(rounded(square, chance >> 16))
     p.mul_(1 - rate * decay)
-    p.sub_(rate / (1 - beta1**step) * mean / (square.sqrt_() / (1 - beta2**step).sqrt() + epsilon))
+    p.sub_(rate / (1 - beta1**step) * mean / (square.sqrt() / (1 - beta2**step).sqrt() + epsilon))
 
 
 MASK = 0xFFFFFFFF
@@ -178,20 +268,6 @@ def rounded(x: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
     return (bits & -0x10000).view(torch.float32).bfloat16()
 
 
-def update_by_kernel(
-    p: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-    step: torch.Tensor, rate: torch.Tensor, beta1: float, beta2: float, epsilon: float, decay: float,
-) -> None:  # fmt: skip
-    """`update_by_operators` in one pass over memory."""
-    from moelab.training import optimizer_kernels as kernels
-
-    size, block = p.numel(), 2048
-    kernels.adamw[(-(-size // block),)](
-        p, grad.contiguous(), exp_avg, exp_avg_sq, step, rate, size, beta1, beta2, epsilon, decay, BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
-
-
 def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any], compiled: bool) -> torch.optim.Optimizer:
     """torchao's AdamW with both moments in 8 bits, blocks of 256 sharing a scale (Dettmers et al. 2022).
 
@@ -202,7 +278,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any], compiled
     check_optimizer_state("8bit")
     from torchao.optim import AdamW8bit
 
-    class AdamW(AdamW8bit):  # type: ignore[misc]
+    class Captured(AdamW8bit):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(groups, **settings)
             for group in self.param_groups:
@@ -225,4 +301,4 @@ def _adamw_8bit(groups: list[dict[str, Any]], settings: dict[str, Any], compiled
             for group, rate in zip(self.param_groups, given, strict=True):
                 group["lr"] = rate
 
-    return AdamW()
+    return Captured()

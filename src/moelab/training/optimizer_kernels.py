@@ -1,31 +1,77 @@
-"""One step of AdamW in one pass over memory, for moments in bf16."""
+"""One step of AdamW in one pass over memory, for all parameters of a group in one launch."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def adamw(
-    p, grad, exp_avg, exp_avg_sq, step, rate, size, beta1, beta2, epsilon, decay, BLOCK: tl.constexpr
+    table, owners, rate, factor, found_inf, rest1, rest2, log1, log2, epsilon, decay,
+    MOMENTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p, grad fp32, exp_avg, exp_avg_sq bf16, all of `size` numbers; step and rate point to one fp32 number each."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    g = tl.load(grad + at, mask=inside, other=0.0)
-    old = tl.load(p + at, mask=inside, other=0.0)
-    mean = tl.load(exp_avg + at, mask=inside, other=0.0).to(tl.float32)
-    square = tl.load(exp_avg_sq + at, mask=inside, other=0.0).to(tl.float32)
-    lr, steps = tl.load(rate), tl.load(step)
-    mean += (1 - beta1) * (g - mean)
-    square = beta2 * square + (1 - beta2) * g * g
-    unbiased = lr / (1 - tl.exp(steps * tl.log(beta1)))
-    root = tl.sqrt(square) / tl.sqrt(1 - tl.exp(steps * tl.log(beta2)))
-    tl.store(p + at, old * (1 - lr * decay) - unbiased * mean / (root + epsilon), mask=inside)
-    chance = scattered(at.to(tl.uint32) + steps.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
-    tl.store(exp_avg + at, rounded(mean, chance & 0xFFFF), mask=inside)
-    tl.store(exp_avg_sq + at, rounded(square, chance >> 16), mask=inside)
+    """`optimizer.update_by_operators` of a block of one parameter, with the gradient times factor.
+
+    Args:
+        table: int64, a row a parameter: addresses of p fp32, its gradient fp32, exp_avg and exp_avg_sq MOMENTS, step
+            fp32, then how many numbers, of which 0 are left alone, and its first block. All but step from whole lines
+            of 16 bytes on.
+        owners: int32, the row of each block.
+        rate, factor, found_inf: one fp32 number each; with found_inf nothing changes unless it is 0. Or None.
+        rest1, rest2, log1, log2: 1 − β and log β of the two moments.
+    """
+    row = table + tl.load(owners + tl.program_id(0)) * COLUMNS
+    p = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
+    grad = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+    exp_avg = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(MOMENTS)), 16)
+    exp_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENTS)), 16)
+    step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
+    size = tl.load(row + 5)
+    start = (tl.program_id(0) - tl.load(row + 6)) * BLOCK
+    if found_inf is not None:
+        size = tl.where(tl.load(found_inf) == 0, size, 0)
+    at = start + tl.arange(0, BLOCK)
+    lr, scale = tl.load(rate), tl.load(factor)
+    unbiased = lr / one_less_exp(step * log1)
+    root = tl.sqrt(one_less_exp(step * log2))
+    if start + BLOCK <= size:
+        _update(
+            p, grad, exp_avg, exp_avg_sq, at, None, step, scale, unbiased, root, 1 - lr * decay, rest1, rest2, epsilon
+        )
+    elif start < size:
+        inside = at < size
+        _update(
+            p, grad, exp_avg, exp_avg_sq, at, inside, step, scale, unbiased, root, 1 - lr * decay, rest1, rest2, epsilon
+        )
+
+
+@triton.jit
+def _update(p, grad, exp_avg, exp_avg_sq, at, inside, step, scale, unbiased, root, keep, rest1, rest2, epsilon):
+    g = tl.load(grad + at, mask=inside) * scale
+    old = tl.load(p + at, mask=inside)
+    mean = tl.load(exp_avg + at, mask=inside).to(tl.float32)
+    square = tl.load(exp_avg_sq + at, mask=inside).to(tl.float32)
+    mean += rest1 * (g - mean)
+    square += rest2 * (g * g - square)
+    tl.store(p + at, old * keep - unbiased * mean / (tl.sqrt(square) / root + epsilon), mask=inside)
+    if exp_avg.dtype.element_ty == tl.bfloat16:
+        chance = scattered(at.to(tl.uint32) + step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
+        tl.store(exp_avg + at, rounded(mean, chance & 0xFFFF), mask=inside)
+        tl.store(exp_avg_sq + at, rounded(square, chance >> 16), mask=inside)
+    else:
+        tl.store(exp_avg + at, mean, mask=inside)
+        tl.store(exp_avg_sq + at, square, mask=inside)
+
+
+@triton.jit
+def one_less_exp(x):
+    """1 − exp(x) of x ≤ 0, near 0 too, where exp(x) would be rounded to nearly 1."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5))))
+    return tl.where(x > -0.1, series, 1 - tl.exp(x))
 
 
 @triton.jit

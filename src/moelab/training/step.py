@@ -7,7 +7,6 @@ host one copy and one launch; what is not captured runs the same code, kernel by
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from moelab.model.gpt import Output
 from moelab.training.balance import Balancer
 from moelab.training.batches import Batches
 from moelab.training.checkpoint import Progress
-from moelab.training.optimizer import learning_rate, make_optimizer, rehearse
+from moelab.training.optimizer import clip_gradients, learning_rate, make_optimizer, rehearse
 from moelab.training.window import Window
 
 
@@ -167,7 +166,7 @@ class Step:
             assert out.loss is not None
             loss += out.loss.detach() / self.config.accumulation
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        norm = clip_gradients(self.model.parameters(), self.optimizer, self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
