@@ -195,17 +195,19 @@ WITH_KERNEL = pytest.mark.parametrize(
 def stepped(moments: torch.dtype, betas: tuple[float, float], device: str, by_kernel: bool) -> list[torch.Tensor]:
     """Parameters, then moments, after clipped steps, one of them with a gradient that is not finite.
 
-    Of one number, of a part of a block, of several blocks and a part, of whole blocks; one has no gradient, one has one
-    that is not contiguous, and one from an odd address on.
+    Of one number, of a part of a block, of several blocks and a part, of a whole span, of spans and a part; one has no
+    gradient, one has one that is not contiguous, and one from an odd address on.
     """
     g = torch.Generator().manual_seed(0)
-    sizes = [(1,), (7,), (50, 100), (2, 4096), (33, 3), (63,)]
+    sizes = [(1,), (7,), (50, 100), (2, 4096), (33, 3), (63,), (3, 5000)]
     made = [torch.nn.Parameter(torch.randn(s, generator=g).to(device)) for s in sizes]
     groups = [{"params": made[:2], "weight_decay": 0.0}, {"params": made[2:], "weight_decay": 0.1}]
     optimizer = AdamW(groups, 1e-2, betas, 1e-8, moments)
     assert (optimizer.launches is None) == (device == "cpu" and not INTERPRETED)
     if not by_kernel:
         optimizer.launches = None
+    for launch in optimizer.launches or ():
+        assert launch.BLOCK * launch.BLOCKS == 8192  # of the sizes
     for number in range(4):
         for p in made:
             p.grad = torch.randn(p.shape, generator=g).to(device)
@@ -221,7 +223,7 @@ def stepped(moments: torch.dtype, betas: tuple[float, float], device: str, by_ke
             optimizer.step()
             del optimizer.found_inf
     counts = [optimizer.state[p]["step"] for p in made]
-    assert [count.item() for count in counts] == [3, 3, 2, 3, 3, 3]
+    assert [count.item() for count in counts] == [3, 3, 2, 3, 3, 3, 3]
     names = ("exp_avg", "exp_avg_sq")
     return [t.detach().cpu() for t in (*made, *(optimizer.state[p][name] for name in names for p in made))]
 
@@ -300,6 +302,8 @@ def test_a_captured_step_counts_on(state: str) -> None:
         if captured:
             with torch.cuda.graph(graph):
                 optimizer.step()
+            if isinstance(optimizer, AdamW):
+                optimizer.settle()
         for number in range(4):
             rate.fill_(0.01 / (1 + number))
             graph.replay() if captured else optimizer.step()

@@ -137,7 +137,9 @@ class AdamW(torch.optim.Optimizer):
     in proportion, since what is rounded to the nearest loses changes of less than half a unit for ever (Gupta et al.
     2015, section 3.2). The chance is a hash of the step and of the number's place, the same in every run.
 
-    The count of steps and a learning rate that is a tensor stay on the device: a CUDA graph can hold a step.
+    The count of steps and a learning rate that is a tensor stay on the device: a CUDA graph can hold a step, and does
+    nothing until `settle` was called after its capture. It is to be the last one captured, and its gradients stay where
+    they are.
     """
 
     factor: torch.Tensor | None = None
@@ -184,24 +186,31 @@ class AdamW(torch.optim.Optimizer):
                     p, p.grad * factor, state["exp_avg"], state["exp_avg_sq"], state["step"], rate, *rest
                 )
 
+    def settle(self) -> None:
+        """Writes down for the graph that has captured a step where the parameters and gradients are."""
+        for launch in self.launches or ():
+            launch.settle()
+
 
 class _Launch:
     """`optimizer_kernels.adamw` for the parameters of one group, on one device, with its tables.
 
-    Of a block the kernel finds the parameter, and of a parameter the addresses, in memory of the device. A CUDA graph
-    copies the addresses there from page-locked memory again at each replay.
+    Of a span of numbers the kernel finds the parameter, and of a parameter the addresses, in memory of the device. What
+    a CUDA graph is to find there is known when it is captured, and written after that: copied by the graph itself, from
+    the host, it cost up to 1 ms a step.
     """
 
-    BLOCK, WARPS = 2048, 4  # of a program, numbers and warps
-    COLUMNS = 7  # addresses of the parameter, its gradient, moments and count of steps; its numbers; its first block
+    BLOCK, BLOCKS, WARPS = 1024, 8, 4  # numbers at once, and how many times, and the warps, of a program
+    COLUMNS = 7  # addresses of the parameter, its gradient, moments and count of steps; its numbers; its first span
 
     def __init__(self, parameters: list[torch.Tensor]) -> None:
         self.parameters, device = parameters, parameters[0].device
-        sizes = torch.tensor([p.numel() for p in parameters])
-        blocks = (sizes + self.BLOCK - 1) // self.BLOCK
-        self.sizes, self.firsts = sizes.tolist(), (blocks.cumsum(0) - blocks).tolist()
-        self.owners = torch.repeat_interleave(torch.arange(len(parameters), dtype=torch.int32), blocks).to(device)
-        self.locked = torch.empty(len(parameters), self.COLUMNS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        sizes, span = torch.tensor([p.numel() for p in parameters]), self.BLOCK * self.BLOCKS
+        spans = (sizes + span - 1) // span
+        self.sizes, self.firsts = sizes.tolist(), (spans.cumsum(0) - spans).tolist()
+        self.owners = torch.repeat_interleave(torch.arange(len(parameters), dtype=torch.int32), spans).to(device)
+        self.table = torch.zeros(len(parameters), self.COLUMNS, dtype=torch.int64, device=device)  # of a captured step
+        self.awaited: torch.Tensor | None = None
 
     def __call__(
         self, states: dict[torch.Tensor, Any], rate: torch.Tensor, factor: torch.Tensor,
@@ -216,14 +225,19 @@ class _Launch:
             moved = (p, p if grad is None else grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
             rows.append([*(tensor.data_ptr() for tensor in moved), 0 if grad is None else size, first])
         table = torch.tensor(rows, dtype=torch.int64)
-        if self.owners.is_cuda and torch.cuda.is_current_stream_capturing():
-            table = self.locked.copy_(table)  # stays where it is, and as it is, for the replays
+        if self.table.is_cuda and torch.cuda.is_current_stream_capturing():
+            table, self.awaited = self.table, table
         kernels.adamw[(len(self.owners),)](
-            table.to(self.owners.device, non_blocking=True), self.owners, rate, factor, found_inf,
+            table.to(self.table.device, non_blocking=True), self.owners, rate, factor, found_inf,
             1 - beta1, 1 - beta2, _log(beta1), _log(beta2), epsilon, decay,
             MOMENTS=kernels.TYPES[states[self.parameters[0]]["exp_avg"].dtype], COLUMNS=self.COLUMNS, BLOCK=self.BLOCK,
-            num_warps=self.WARPS,
+            BLOCKS=self.BLOCKS, LANES=32 * self.WARPS, num_warps=self.WARPS,
         )  # fmt: skip
+
+    def settle(self) -> None:
+        if self.awaited is not None:
+            self.table.copy_(self.awaited)
+            self.awaited = None
 
 
 def _in_lines(gradient: torch.Tensor) -> torch.Tensor:

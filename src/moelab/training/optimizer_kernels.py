@@ -12,17 +12,18 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 @triton.jit
 def adamw(
     table, owners, rate, factor, found_inf, rest1, rest2, log1, log2, epsilon, decay,
-    MOMENTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    MOMENTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """`optimizer.update_by_operators` of a block of one parameter, with the gradient times factor.
+    """`optimizer.update_by_operators` of BLOCK · BLOCKS numbers of one parameter, with the gradient times factor.
 
     Args:
         table: int64, a row a parameter: addresses of p fp32, its gradient fp32, exp_avg and exp_avg_sq MOMENTS, step
-            fp32, then how many numbers, of which 0 are left alone, and its first block. All but step from whole lines
+            fp32, then how many numbers, of which 0 are left alone, and its first span. All but step from whole lines
             of 16 bytes on.
-        owners: int32, the row of each block.
+        owners: int32, the row of each span of BLOCK · BLOCKS numbers.
         rate, factor, found_inf: one fp32 number each; with found_inf nothing changes unless it is 0. Or None.
         rest1, rest2, log1, log2: 1 − β and log β of the two moments.
+        LANES: threads of a program.
     """
     row = table + tl.load(owners + tl.program_id(0)) * COLUMNS
     p = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
@@ -31,22 +32,23 @@ def adamw(
     exp_avg_sq = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(MOMENTS)), 16)
     step = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
     size = tl.load(row + 5)
-    start = (tl.program_id(0) - tl.load(row + 6)) * BLOCK
     if found_inf is not None:
         size = tl.where(tl.load(found_inf) == 0, size, 0)
-    at = start + tl.arange(0, BLOCK)
     lr, scale = tl.load(rate), tl.load(factor)
-    unbiased = lr / one_less_exp(step * log1)
+    keep, unbiased = 1 - lr * decay, lr / one_less_exp(step * log1)
     root = tl.sqrt(one_less_exp(step * log2))
-    if start + BLOCK <= size:
-        _update(
-            p, grad, exp_avg, exp_avg_sq, at, None, step, scale, unbiased, root, 1 - lr * decay, rest1, rest2, epsilon
-        )
-    elif start < size:
-        inside = at < size
-        _update(
-            p, grad, exp_avg, exp_avg_sq, at, inside, step, scale, unbiased, root, 1 - lr * decay, rest1, rest2, epsilon
-        )
+    begin = (tl.program_id(0) - tl.load(row + 6)) * (BLOCK * BLOCKS)
+    for start in range(begin, begin + BLOCK * BLOCKS, BLOCK):
+        if start + BLOCK <= size:
+            at = start + tl.arange(0, BLOCK)
+            _update(p, grad, exp_avg, exp_avg_sq, at, None, step, scale, unbiased, root, keep, rest1, rest2, epsilon)
+        else:  # a number a thread, or the registers for so many single addresses would be taken from the blocks too
+            for few in range(start, min(start + BLOCK, size), LANES):
+                at = few + tl.arange(0, LANES)
+                inside = at < size
+                _update(
+                    p, grad, exp_avg, exp_avg_sq, at, inside, step, scale, unbiased, root, keep, rest1, rest2, epsilon
+                )
 
 
 @triton.jit

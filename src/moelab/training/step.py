@@ -21,7 +21,7 @@ from moelab.model.gpt import Output
 from moelab.training.balance import Balancer
 from moelab.training.batches import Batches
 from moelab.training.checkpoint import Progress
-from moelab.training.optimizer import clip_gradients, learning_rate, make_optimizer, rehearse
+from moelab.training.optimizer import AdamW, clip_gradients, learning_rate, make_optimizer, rehearse
 from moelab.training.window import Window
 
 
@@ -83,6 +83,7 @@ class Step:
         """
         wanted = self.config.capture == "on" or (self.config.capture == "auto" and self.compiled)
         if self.device.type != "cuda" or not wanted:
+            self._open_libraries()
             self._rehearse(windows)
             synchronize(self.device)
             return None
@@ -90,6 +91,7 @@ class Step:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
+            self._open_libraries()
             self._rehearse(windows)
             torch.cuda.empty_cache()  # or the next would cut up what this one left, and lack room for the head
             waits = self._waits_for_host(windows)
@@ -114,6 +116,16 @@ class Step:
     def release(self) -> None:
         """Gives back the memory of a captured step; a later call launches it kernel by kernel."""
         self.graph = None
+
+    def _open_libraries(self) -> None:
+        """Has cuBLAS take its workspaces, for this stream, of both threads: they stay where they are.
+
+        Taken during a step they lie in the middle of what the head's logits were, and there is no whole block for the
+        next.
+        """
+        if self.device.type == "cuda":
+            one = torch.ones(64, 64, device=self.device, dtype=self.model.dtype, requires_grad=True)
+            (one @ one).sum().backward()
 
     def _rehearse(self, windows: torch.Tensor) -> None:
         self._learn(*next(self.batches.micro_batches(windows)))
@@ -153,6 +165,8 @@ class Step:
         except RuntimeError as problem:
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise RunFailed(f"capture = {self.config.capture}: failed ({line}); give --capture off") from problem
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.settle()
         self.graph = graph
 
     def _run(self, windows: torch.Tensor) -> None:
