@@ -408,17 +408,21 @@ def _timed(
     show: Callable[[dict[str, Any], Console], None],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """Measures, prints, and writes what is to be written; after Ctrl-C or SIGTERM what there is."""
+    """Measures, prints, and writes what is to be written, the figures as they come in."""
     _check_writable(flags.json)
     _check_writable(flags.picture, "picture")
+
+    def keep(results: dict[str, Any]) -> None:
+        if flags.json:
+            flags.json.write_text(json.dumps(results, indent=2) + "\n")
+
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` sends it: what was timed is kept
     try:
-        results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr))
+        results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr), keep)
     finally:
         signal.signal(signal.SIGTERM, before)
+    keep(results)
     show(results, Console())
-    if flags.json:
-        flags.json.write_text(json.dumps(results, indent=2) + "\n")
     if flags.picture:
         draw(results, flags.picture)
     if results["stopped"]:

@@ -152,19 +152,20 @@ def test_what_was_timed_before_ctrl_c_is_written(
     ],
     ids=["step", "layer"],
 )
-def test_what_was_timed_before_sigterm_is_written(
-    words: str, last: str, timed: list[tuple[object, object]], tmp_path: Path
+@pytest.mark.parametrize("signal", ["terminate", "kill"])
+def test_what_was_timed_before_a_signal_is_written(
+    words: str, last: str, timed: list[tuple[object, object]], signal: str, tmp_path: Path
 ) -> None:
-    """As `timeout` sends it."""
+    """As `timeout` sends them; of the second it cannot know."""
     file = tmp_path / "a.json"
     command = [sys.executable, "-m", "moelab", "bench", *words.split(), "--device", "cpu", "--json", str(file)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while last not in (line := process.stderr.readline()):
             assert line, "it ended before"
-        process.terminate()
+        getattr(process, signal)()
         process.communicate(timeout=100)
-    assert process.returncode == 130
+    assert process.returncode == {"terminate": 130, "kill": -9}[signal]
     results = json.loads(file.read_text())
     assert results["stopped"]
     found = [(row.get("arm", row.get("width")), row["backend"]) for row in results["rows"] if "reason" not in row]

@@ -8,6 +8,7 @@ very inputs that are timed agree with float64.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import statistics
@@ -115,8 +116,17 @@ class Layer(nn.Module):
         return y
 
 
-def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def bench_layer(
+    settings: LayerBench,
+    say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Times the layer; returns what was measured and on what.
+
+    Args:
+        settings: what is timed.
+        say: is called with a line for the user.
+        keep: is called after each width with what there is by then, "stopped".
 
     Returns:
         {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings", "tokens",
@@ -140,24 +150,24 @@ def bench_layer(settings: LayerBench, say: Callable[[str], None] = lambda _: Non
     if settings.backends:
         obstacles = {name: reason for name, reason in obstacles.items() if name in settings.backends}
     tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
-    rows = []
-    stopped = False
-    try:
-        for width in settings.widths:
-            say(f"D = {width}")
-            rows += _width(settings, width, tokens, device, dtype, obstacles)
-    except KeyboardInterrupt:  # the widths that were timed are not lost
-        stopped = True
-    return {
+    rows: list[dict[str, Any]] = []
+    results = {
         "environment": environment(device, dtype),
         "devices": device_class(device),
         "peers": {name: peer.version() for name, peer in PEERS.items() if obstacles.get(name, "") is None},
         "date": datetime.now(UTC).date().isoformat(),
         "settings": asdict(settings),
         "tokens": tokens,
-        "stopped": stopped,
+        "stopped": True,
         "rows": rows,
     }
+    with contextlib.suppress(KeyboardInterrupt):  # the widths that were timed are not lost
+        for width in settings.widths:
+            say(f"D = {width}")
+            rows += _width(settings, width, tokens, device, dtype, obstacles)
+            keep(results)
+        results["stopped"] = False
+    return results
 
 
 def _width(

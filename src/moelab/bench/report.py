@@ -75,18 +75,29 @@ def draw_layer(results: dict[str, Any], path: Path) -> None:
     widths = list(dict.fromkeys(row["width"] for row in results["rows"]))
     names = list(dict.fromkeys(row["backend"] for row in results["rows"] if "ratio" in row))[1:]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        figure = Figure(figsize=(max(5, 0.6 + 0.24 * len(names) * len(widths)), 3.4), layout="constrained")
         axes = figure.subplots()
         thick = 0.8 / max(1, len(names))
         for place, name in enumerate(names):
             found = {row["width"]: row["ratio"] for row in results["rows"] if row["backend"] == name and "ratio" in row}
             at = [widths.index(width) + (place - (len(names) - 1) / 2) * thick for width in found]
-            bars = axes.bar(at, list(found.values()), 0.92 * thick, color=ARM_COLOURS[(place + 1) % 6], label=name)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+            colour, hatch = ARM_COLOURS[1:6][place % 5], "////" if place >= 5 else None  # the first is the twin's
+            bars = axes.bar(
+                at,
+                list(found.values()),
+                0.92 * thick,
+                color=colour,
+                edgecolor="white",
+                linewidth=0,
+                hatch=hatch,
+                label=name,
+            )
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2, rotation=90 if len(names) > 4 else 0)
         axes.axhline(1, color=ARM_COLOURS[0], linewidth=1.2, label="dense twin")
         axes.set_xticks(range(len(widths)), [f"D = {width}" for width in widths])
         axes.set_ylabel("time ÷ dense twin's")
         axes.set_xlabel(f"{results['environment']['device']}, {results['environment']['precision']}")
         axes.grid(visible=False, axis="x")
-        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        axes.set_ylim(top=1.12 * axes.get_ylim()[1])
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         figure.savefig(path, dpi=200)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -93,8 +93,17 @@ class StepBench:
         require(divides, "batch-size", size, f"give a number that divides the {self.sequences} sequences of a step")
 
 
-def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def bench_step(
+    settings: StepBench,
+    say: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Times the steps; returns what was measured and on what.
+
+    Args:
+        settings: what is timed.
+        say: is called with a line for the user.
+        keep: is called after each row with what there is by then, "stopped".
 
     Returns:
         {"environment", "date", "settings", "peak_flops", "stopped" (by Ctrl-C), "rows": [{"size", "arm", "backend"
@@ -116,32 +125,45 @@ def bench_step(settings: StepBench, say: Callable[[str], None] = lambda _: None)
     check_capture(_training_asked("smoke", settings), device)
     sizes = settings.sizes or (("5m", "40m", "124m", "350m") if device.type == "cuda" else ("smoke",))
     rows: list[dict[str, Any]] = []
-    stopped = False
-    try:
-        for size in sizes:
-            _size(size, settings, device, dtype, rows, say)
-    except KeyboardInterrupt:  # what was timed is not lost
-        stopped = True
-        rows[-1:] = [{**rows[-1], "reason": "stopped"}] if rows and "ms" not in rows[-1] else rows[-1:]
-    for row in rows:
-        twins = [r for r in rows if (r["size"], r["arm"]) == (row["size"], TWINS.get(row["arm"])) and "ms" in r]
-        if "ms" in row and twins:
-            row |= {"twin": twins[0]["arm"], "ratio": row["tokens_per_second"] / twins[0]["tokens_per_second"]}
-    return {
+    results = {
         "environment": environment(device, dtype),
         "date": datetime.now(UTC).date().isoformat(),
         "settings": asdict(settings),
         "peak_flops": peak_flops(device, dtype),
-        "stopped": stopped,
+        "stopped": True,
         "rows": rows,
     }
+    try:
+        for size in sizes:
+            for row in _size(size, settings, device, dtype, rows, say):
+                if "ms" in row:
+                    say(f"{_name(row)}: {row['tokens_per_second']:,.0f} tokens/s, {row['ms']:,.3g} ms")
+                _add_ratios(rows)
+                keep(results)
+        results["stopped"] = False
+    except KeyboardInterrupt:  # what was timed is not lost
+        rows[-1:] = (
+            [{**rows[-1], "reason": "stopped"}] if rows and not rows[-1].keys() & {"ms", "reason"} else rows[-1:]
+        )
+    return results
+
+
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        twins = [r for r in rows if (r["size"], r["arm"]) == (row["size"], TWINS.get(row["arm"])) and "ms" in r]
+        if "ms" in row and twins:
+            row |= {"twin": twins[0]["arm"], "ratio": row["tokens_per_second"] / twins[0]["tokens_per_second"]}
+
+
+def _name(row: dict[str, Any]) -> str:
+    return " ".join(filter(None, (row["size"], row["arm"], row["backend"])))
 
 
 def _size(
     size: str, settings: StepBench, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]],
     say: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Adds the rows of one size."""
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Adds the rows of one size, and gives each when it is whole."""
     runs: dict[str, RunConfig | str] = {}
     for arm in settings.arms:
         try:
@@ -157,6 +179,7 @@ def _size(
             rows.append(row)
             if isinstance(run, str) or isinstance(training, str):
                 row["reason"] = run if isinstance(run, str) else training
+                yield row
                 continue
             try:
                 row |= _measured(_with_backend(run.model, backend), training, settings, device, dtype)
@@ -167,6 +190,7 @@ def _size(
             except Exception as problem:  # of a kernel or a compiler on a device that it does not know
                 row["reason"] = f"failed ({(str(problem).strip() or type(problem).__name__).splitlines()[0]})"
             _forget(device)
+            yield row
 
 
 def _run(size: str, arm: str, settings: StepBench) -> RunConfig:
