@@ -157,17 +157,15 @@ def test_chunks_are_right_on_a_gpu(vocabulary: int, dtype: torch.dtype, allowed:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("warps", "held", "programs"), [(32, 6, 1), (16, 4, 2), (32, 0, 2), (8, 2, 4)])
-def test_the_kernel_is_right_however_much_of_a_row_it_keeps(
-    warps: int, held: int, programs: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("warps", "programs"), [(32, 1), (16, 2), (32, 2), (8, 4)])
+def test_the_kernel_is_right_with_any_warps(warps: int, programs: int, dtype: torch.dtype) -> None:
     g = torch.Generator("cuda").manual_seed(0)
     logits = (3 * torch.randn(300, 50_304, generator=g, device="cuda")).to(dtype)
     targets = torch.randint(0, 50_304, (300,), generator=g, device="cuda")
     exact = logits.double().requires_grad_()
     losses = F.cross_entropy(exact, targets, reduction="none")
     (gradient,) = torch.autograd.grad(losses.sum(), [exact])
-    found = head.softmax_kernel(logits, targets, warps, held, programs)
+    found = head.softmax_kernel(logits, targets, warps, programs)
     torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-5)
     allowed = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert (logits.double() - gradient).norm() <= allowed * gradient.norm()

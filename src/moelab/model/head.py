@@ -113,15 +113,12 @@ def loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return losses
 
 
-def softmax_kernel(
-    logits: torch.Tensor, targets: torch.Tensor, warps: int = 32, held: int = 0, programs: int = 2
-) -> torch.Tensor:
+def softmax_kernel(logits: torch.Tensor, targets: torch.Tensor, warps: int = 32, programs: int = 2) -> torch.Tensor:
     """`loss_and_gradient` in one kernel.
 
     Args:
         logits, targets: as there, the logits contiguous.
         warps: of a program, which takes a row; fewer for a small vocabulary.
-        held: how many of the row's blocks of 16 bytes for each thread stay in registers; the others are read twice.
         programs: for how many of them at once the registers of a multiprocessor are to suffice.
     """
     from moelab.model import head_kernels as kernels
@@ -131,9 +128,9 @@ def softmax_kernel(
     each = 16 // logits.itemsize
     warps = min(warps, _power_of_2(-(-vocabulary // (32 * each))))
     lanes = 32 * warps
-    whole, rest = divmod(vocabulary, lanes * each)
+    rest = vocabulary % (lanes * each)
     kernels.loss_and_gradient[(tokens,)](
-        logits, targets, losses, V=vocabulary, LANES=lanes, EACH=each, HELD=min(held, whole),
+        logits, targets, losses, V=vocabulary, LANES=lanes, EACH=each,
         REST=_power_of_2(-(-rest // lanes)) if rest else 0,
         num_warps=warps, maxnreg=min(255, 65_536 // (lanes * programs)),
     )  # fmt: skip

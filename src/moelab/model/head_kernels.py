@@ -1,8 +1,7 @@
 """The softmax of the output head: losses, and the gradient of the logits in their own place.
 
-A program takes a row of V logits: 98 KiB of bf16 at V = 50,304. It keeps as much of it in registers as it is told to
-and reads the rest a second time, from the L2 cache if that holds all rows that are at work: two for each of an H200's
-132 multiprocessors are 27 MB of its 50, eight are 106 MB.
+A program takes a row of V logits: 98 KiB of bf16 at V = 50,304. It reads them a second time, from the L2 cache if that
+holds all rows that are at work: two for each of an H200's 132 multiprocessors are 27 MB of its 50, eight are 106 MB.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ def _highest(top, z):
 
 @triton.jit
 def loss_and_gradient(
-    logits, targets, losses, V: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, HELD: tl.constexpr,
-    REST: tl.constexpr,
+    logits, targets, losses, V: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """logits (T, V) below 2e38 → their gradient softmax − 1 at the target; losses (T,) fp32 of targets (T,) int64.
 
-    A row is whole blocks of LANES · EACH, HELD of them kept in registers, and what is left, kept too, of which each
-    lane has up to REST. Each lane has a maximum of its own and the sum of exponentials below it (Milakov and Gimelshein
-    2018), which it corrects once for each block that is read again.
+    A row is whole blocks of LANES · EACH, and what is left, kept in registers, of which each lane has up to REST. Each
+    lane has a maximum of its own and the sum of exponentials below it (Milakov and Gimelshein 2018), which it corrects
+    once for each block.
     """
     t = tl.program_id(0)
     row = logits + t.to(tl.int64) * V
@@ -44,9 +42,6 @@ def loss_and_gradient(
     lane = tl.arange(0, LANES)[:, None]
     at = lane * EACH + tl.arange(0, EACH)[None, :]
 
-    held = ()
-    for i in tl.static_range(HELD):
-        held += (tl.load(row + i * BLOCK + at, eviction_policy="evict_first"),)
     # Not −∞, from which −∞ cannot be subtracted: what lies outside of the row is that.
     top = tl.full((LANES,), -3.0e38, tl.float32)  # each in base 2, as all that follows
     total = tl.zeros((LANES,), tl.float32)
@@ -54,13 +49,8 @@ def loss_and_gradient(
         last = WHOLE + lane * REST + tl.arange(0, REST)[None, :]
         rest = tl.load(row + last, mask=last < V, other=float("-inf"))
         top = _highest(top, rest)
-    for i in tl.static_range(HELD):
-        top = _highest(top, held[i])
-    if REST > 0:
         total += tl.sum(_power(rest, top[:, None]), 1)
-    for i in tl.static_range(HELD):
-        total += tl.sum(_power(held[i], top[:, None]), 1)
-    for start in range(HELD * BLOCK, WHOLE, BLOCK):
+    for start in range(0, WHOLE, BLOCK):
         z = tl.load(row + start + at)
         higher = _highest(top, z)
         total = total * tl.exp2(top - higher) + tl.sum(_power(z, higher[:, None]), 1)
@@ -71,11 +61,9 @@ def loss_and_gradient(
     tl.store(losses + t, logsumexp / LOG2E - chosen)
     tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
     dtype: tl.constexpr = logits.dtype.element_ty
-    for start in range(HELD * BLOCK, WHOLE, BLOCK):
+    for start in range(0, WHOLE, BLOCK):
         z = tl.load(row + start + at, eviction_policy="evict_first")
         tl.store(row + start + at, _power(z, logsumexp).to(dtype), eviction_policy="evict_first")
-    for i in tl.static_range(HELD):
-        tl.store(row + i * BLOCK + at, _power(held[i], logsumexp).to(dtype), eviction_policy="evict_first")
     if REST > 0:
         tl.store(row + last, _power(rest, logsumexp).to(dtype), mask=last < V)
     tl.debug_barrier()  # and has written its part before the target's is put right
