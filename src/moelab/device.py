@@ -224,7 +224,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": _version("numpy"),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver())}".rstrip(", -"),
         "device": device_name(device),
         "precision": str(dtype).removeprefix("torch."),
         "device_peak_flops": peak_flops(device, dtype),
