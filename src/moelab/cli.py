@@ -412,17 +412,20 @@ def _timed(
     _check_writable(flags.json)
     _check_writable(flags.picture, "picture")
 
+    from moelab.training.loop import write_aside
+
     def keep(results: dict[str, Any]) -> None:
-        if flags.json:
-            flags.json.write_text(json.dumps(results, indent=2) + "\n")
+        if flags.json is not None and (flags.json.is_file() or not flags.json.exists()):  # and not a pipe
+            write_aside(flags.json.resolve(), json.dumps(results, indent=2) + "\n")
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` sends it: what was timed is kept
     try:
         results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr), keep)
     finally:
         signal.signal(signal.SIGTERM, before)
-    keep(results)
     show(results, Console())
+    if flags.json:
+        flags.json.write_text(json.dumps(results, indent=2) + "\n")
     if flags.picture:
         draw(results, flags.picture)
     if results["stopped"]:

@@ -139,6 +139,7 @@ def test_what_was_timed_before_ctrl_c_is_written(
     monkeypatch.setattr(step_module, "_measured", lambda *given: stop() if next(calls) else measured(*given))
     words = "bench step --sizes smoke --arms dense dense-wide --sequences 1 --rounds 1 --steps 1 --device cpu".split()
     assert main([*words, "--json", str(tmp_path / "a.json")]) == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row.get("reason") for row in rows] == [None, "stopped"]
     assert "dense-wide: no time: stopped" in capsys.readouterr().out
