@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from moelab.bench import parts as parts_module
@@ -203,8 +205,29 @@ def test_the_tables_fit_a_terminal_and_say_what_was_timed(
     assert "350m moe triton: no time: not enough memory" in out
     assert "2 sequences a step, E = 8, K = 2" in out
     assert "compiled each by itself" in " ".join(out.split())
-    draw_step(shown, tmp_path / "a.png")
+
+
+def test_the_picture_holds_all_that_is_written_in_it(
+    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    faster = results["rows"][1] | {"tokens_per_second": 1_001_279.0}
+    named = results["environment"] | {"device": "NVIDIA H100 80GB HBM3", "precision": "bfloat16"}
+    draw_step(results | {"rows": [*results["rows"], faster], "environment": named}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    FigureCanvasAgg(figures[0]).draw()
+    (left, bottom), (right, top) = figures[0].bbox.get_points()
+    written = [
+        t for axes in figures[0].axes for t in (*axes.texts, axes.title, axes.xaxis.label, *axes.get_yticklabels())
+    ]
+    written += figures[0].legends[0].get_texts()
+    for text in written:
+        box = text.get_window_extent()
+        assert left <= box.x0 <= box.x1 <= right, text
+        assert bottom <= box.y0 <= box.y1 <= top, text
+    assert any(text.get_text().strip() == "1.00M" for text in written)
 
 
 def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def _ms(value: float) -> str:
 def _rate(value: float) -> str:
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.3g}{unit}" if value < 1000 * size else f"{value / size:,.0f}{unit}"
+            return f"{value / size:#.3g}".rstrip(".") + unit if value < 1000 * size else f"{value / size:,.0f}{unit}"
     return f"{value:.0f}"
 
 
@@ -135,7 +135,7 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
         if sizes:
             environment = results["environment"]
             axes.set_xlabel(
-                "ms a step, and tokens/s; its parts as in a step compiled in parts\n"
+                "ms a step, and tokens/s\nits parts as in a step compiled in parts\n"
                 f"{environment['device']}, {environment['precision']}"
             )
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
