@@ -30,6 +30,7 @@ CASTS = True  # matrices come as they are, so that their gradients need not be r
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
+SUMMED = 256 * 4 * 2  # numbers of a weight gradient that a block of `sum_parts` adds parts of
 DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
 
 
@@ -154,9 +155,10 @@ class Products:
             "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, target,
             last, dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
+        size = outside * inside
         self.launch(
-            _source(blocks), "sum_parts", (64, experts), (256, 1), parts.data_ptr(),
-            self.offsets.data_ptr(), dw.data_ptr(), outside * inside, target, last,
+            _source(blocks), "sum_parts", (-(-size // SUMMED), experts), (256, 1), parts.data_ptr(),
+            self.offsets.data_ptr(), dw.data_ptr(), size, target, last,
         )  # fmt: skip
         return dw
 
