@@ -61,12 +61,13 @@ class Way:
         for p in self.parameters:
             p.grad = draw(p.shape)
         groups = [{"params": self.parameters, "weight_decay": 0.1}]
+        rate = torch.full((), 1e-3, device=device)  # a graph would copy a number from the host, at each step
         if block is None:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                groups, 1e-3, (0.9, 0.95), fused=True, capturable=device.type == "cuda"
+                groups, rate, (0.9, 0.95), fused=True, capturable=device.type == "cuda"
             )
             return
-        self.optimizer = AdamW(groups, 1e-3, (0.9, 0.95), 1e-8, moments)
+        self.optimizer = AdamW(groups, rate, (0.9, 0.95), 1e-8, moments)
         if block:
             _Launch.BLOCK, _Launch.BLOCKS, _Launch.WARPS = map(int, block.split("x"))
             self.optimizer.launches = [_Launch(self.parameters)]
