@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moelab.config import ModelConfig
 from moelab.model import GPT, head
-from moelab.model.head import next_token_loss
+from moelab.model.head import next_token_loss, token_losses
 
 SMALL = ModelConfig(layers=2, heads=2, width=32, context=48, vocabulary=320)
 
@@ -153,6 +153,30 @@ def test_chunks_are_right_on_a_gpu(vocabulary: int, dtype: torch.dtype, allowed:
         for one, two, other in zip(first, again, expected, strict=True):
             assert torch.equal(one, two)
             assert ((one.double() - other).norm() / other.norm()).item() <= allowed
+
+
+@given(tokens=st.integers(0, 300), chunk=st.integers(1, 400))
+def test_losses_that_nothing_is_learnt_from_are_the_plain_ones(tokens: int, chunk: int) -> None:
+    x, w, targets = torch.randn(tokens, 8), torch.randn(50, 8), torch.randint(50, (tokens,))
+    losses = token_losses(x, w, targets, chunk)
+    torch.testing.assert_close(losses, F.cross_entropy(x @ w.T, targets, reduction="none"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_scores_chunk_by_chunk(dtype: torch.dtype) -> None:
+    g = torch.Generator("cuda").manual_seed(0)
+    x, w = (torch.randn(n, 256, device="cuda", generator=g) for n in (20_000, 50_304))
+    x, w = x.to(dtype), 0.1 * w
+    targets = torch.randint(50_304, (20_000,), device="cuda", generator=g)
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses = next_token_loss(x, w, targets, "none")
+        assert torch.cuda.max_memory_allocated() - before < 1.3 * 8_192 * 50_304 * x.itemsize + 1e8
+        right = F.cross_entropy((x[-500:].double() @ w.to(dtype).double().T), targets[-500:], reduction="none")
+        assert (losses[-500:] - right).norm() / right.norm() <= (1e-5 if dtype == torch.float32 else 1e-2)
+        torch.testing.assert_close(next_token_loss(x, w, targets), losses.mean())
 
 
 @pytest.mark.gpu

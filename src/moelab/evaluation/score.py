@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moelab.config import require
+from moelab.config import ModelConfig, require
 from moelab.device import keep_freed_memory
 from moelab.model import GPT
+from moelab.model.head import CHUNK
 from moelab.text import Split
 
-BUDGET = {"cuda": 2**28, "cpu": 2**24}  # logits held at once
+LOGITS = 2**24  # held at once where the head makes all that it is asked for
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def windows(predictions: int, context: int, stride: int) -> list[Window]:
     return found
 
 
+def contexts_at_once(config: ModelConfig, device: torch.device) -> int:
+    """Contexts that `score` computes at once: on GPUs as many tokens as the head's largest chunk."""
+    tokens = CHUNK["cuda"] if device.type == "cuda" else LOGITS // config.vocabulary
+    return max(1, min(64, tokens // config.context))
+
+
 @torch.no_grad()
 def score(
     model: GPT, split: Split, name: str = "valid", *, stride: int | None = None, batch_size: int | None = None
@@ -114,14 +121,13 @@ def score(
     Raises:
         UsageError: a stride outside 1 … context.
     """
-    context, vocabulary = model.config.context, model.config.vocabulary
+    context = model.config.context
     stride = context if stride is None else stride
     require(1 <= stride <= context, "stride", stride, f"give 1 to {context}, the context")
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()  # or the logits of every batch are given back to the system and asked for again
-    budget = BUDGET.get(device.type, BUDGET["cpu"])
-    batch_size = batch_size or max(1, min(64, budget // (context * vocabulary)))
+    batch_size = batch_size or contexts_at_once(model.config, device)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64, device=device)

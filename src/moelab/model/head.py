@@ -12,6 +12,7 @@ is computed twice, and a backward pass only multiplies by the gradient of the lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -37,7 +38,8 @@ def next_token_loss(
 ) -> torch.Tensor:
     """Cross-entropy of softmax(x @ w.T) with the targets, in nats.
 
-    The operator is for the mean where it is differentiated; else the logits are as many as the caller gives tokens.
+    Chunks are for the mean where it is differentiated, and on GPUs for what is not differentiated; else the logits are
+    as many as the caller gives tokens.
 
     Args:
         x_TD: (T, D) floating point, after the last norm.
@@ -54,6 +56,9 @@ def next_token_loss(
     if learns and reduction == "mean" and (x_TD.is_cuda or x_TD.shape[0] > chunk):
         mean: torch.Tensor = torch.ops.moelab.head_loss(x_TD, w_VD, targets_T, chunk)[0]
         return mean
+    if not learns and x_TD.is_cuda and not torch.compiler.is_compiling():
+        losses = token_losses(x_TD, w_VD, targets_T, chunk)
+        return losses if reduction == "none" else losses.mean()
     logits_TV = linear(x_TD, w_VD, None)
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     return F.cross_entropy(logits_TV.to(wide), targets_T, reduction=reduction)
@@ -64,21 +69,40 @@ def head_loss(
     x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ the mean loss (), and T times its gradients, of x and w in their own dtypes; at most `chunk` tokens at once."""
-    tokens = len(x)
-    chunks = -(-tokens // chunk)
-    rows = -(-tokens // (chunks * LINE)) * LINE  # all of one size, but the last
     cast = w.to(x.dtype)
-    losses = torch.empty(tokens, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    losses = _losses(x)
     dx, dw = torch.empty_like(x), torch.empty_like(w)
+    for here, z in _chunks(x, cast, chunk):
+        losses[here] = loss_and_gradient(z, targets[here])
+        torch.mm(z, cast, out=dx[here])
+        _add_product(dw, z, x[here], first=here.start == 0)
+    return losses.mean(), dx, dw
+
+
+@torch.no_grad()
+def token_losses(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Cross-entropy (T,) of softmax(x @ w.T) with the targets, at most `chunk` tokens at once, not differentiable."""
+    losses = _losses(x)
+    for here, z in _chunks(x, w.to(x.dtype), chunk):
+        losses[here] = loss_and_gradient(z, targets[here])
+    return losses
+
+
+def _losses(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _chunks(x: torch.Tensor, w: torch.Tensor, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Tokens of x, and their logits x @ w.T, in memory that the next chunk's are written to."""
+    tokens = len(x)
+    chunks = max(1, -(-tokens // chunk))
+    rows = max(1, -(-tokens // (chunks * LINE))) * LINE  # all of one size, but the last
     logits = x.new_empty(min(rows, tokens), len(w))
     for start in range(0, tokens, rows):
         here = slice(start, min(start + rows, tokens))
         z = logits[: here.stop - start]
-        torch.mm(x[here], cast.T, out=z)
-        losses[here] = loss_and_gradient(z, targets[here])
-        torch.mm(z, cast, out=dx[here])
-        _add_product(dw, z, x[here], first=start == 0)
-    return losses.mean(), dx, dw
+        torch.mm(x[here], w.T, out=z)
+        yield here, z
 
 
 @head_loss.register_fake

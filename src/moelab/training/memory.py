@@ -22,7 +22,7 @@ import torch
 
 from moelab.config import ModelConfig, RunConfig, RunFailed, TrainingConfig, UsageError
 from moelab.device import available_memory
-from moelab.evaluation.score import BUDGET
+from moelab.evaluation.score import contexts_at_once
 from moelab.experts.activation import inner_size
 from moelab.meters import count_parameters
 from moelab.model.head import CHUNK
@@ -162,8 +162,8 @@ def evaluation_memory(run: RunConfig, device: torch.device, dtype: torch.dtype) 
     if device.type != "cuda":
         return 0
     model = run.model
-    context = model.context * model.vocabulary
-    logits = max(1, min(64, BUDGET["cuda"] // context)) * context * (dtype.itemsize + 8)
+    scored = min(CHUNK["cuda"], contexts_at_once(model, device) * model.context)
+    logits = scored * model.vocabulary * dtype.itemsize
     tokens = run.training.batch_size * model.context
     routing = max((_Block(model, layer, device, dtype.itemsize).kept(tokens) for layer in model.moe_layers), default=0)
     return max(logits, routing)
