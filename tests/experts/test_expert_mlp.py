@@ -242,6 +242,16 @@ def test_a_nan_stays_in_its_tokens_output_and_input_gradient(backend: str, devic
         assert not torch.cat([found[name][:7], found[name][8:]]).isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_does_not_reach_the_row_before_it(dtype: torch.dtype) -> None:
+    """As it does in PyTorch's own products on a CPU with bf16 matrix units."""
+    rows, w, offsets = torch.randn(64, 600), torch.randn(1, 30, 600), torch.tensor([64], dtype=torch.int32)
+    rows[40:] = float("nan")
+    y = torch.ops.moelab.expert_product(rows.to(dtype), w.to(dtype).mT, None, offsets)
+    assert y[:40].isfinite().all()
+    assert y[40:].isnan().all()
+
+
 @pytest.mark.parametrize(("backend", "device"), ON_BOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 
 LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a multiple of
+# Elements that a CPU's matrix unit (AMX) takes at once. Of a shorter row oneDNN reads into the next one, times 0, which a
+# NaN there makes NaN; seen with PyTorch 2.13.
+AMX_LINE = 32
 
 
 def one_kernel(rows: torch.Tensor, experts: int) -> bool:
@@ -73,6 +76,8 @@ def _expert_product(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
     """Rows (N, I) sorted by expert, w (E, I, O), b (E, O) or None → (N, O), one product an expert, zeros after them."""
     out = rows.new_empty(rows.shape[0], w.shape[2])
     step = _row_step(rows)
+    if step > 1 and (extra := -w.shape[1] % AMX_LINE):
+        rows, w = F.pad(rows, (0, extra)), F.pad(w, (0, 0, 0, extra))
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:
