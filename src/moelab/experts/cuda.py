@@ -197,8 +197,8 @@ class Rows:
         (tokens, top_k), width = weights_TK.shape, dy_TD.shape[1]
         d_weights_TK = torch.empty_like(weights_TK)
         self._run(
-            "slot_gradient", tokens * top_k, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
-            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens * top_k, top_k, grid[1],
+            "slot_gradient", tokens, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
+            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, grid[1],
             width, _wide(width, b_out_ED, dy_TD),
         )  # fmt: skip
         return d_z, h_NF, d_weights_TK, self._sum_of_parts(sums, z)

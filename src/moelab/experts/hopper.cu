@@ -1,45 +1,47 @@
 // Products of rows that are sorted by expert, bf16, on Hopper's tensor cores. Blocks are persistent; warpgroup 0 loads, 1
-// and 2 multiply, each 64 rows of a tile of 128 by 256. A cluster of two blocks has the same rows and neighbouring columns:
-// each loads half of the rows for both.
+// and 2 multiply, each 64 rows of a tile of 128 by 256. A cluster of two blocks has the same columns and rows below each
+// other: each loads half of the columns for both.
 //
 // Compiled with BLOCKS, those of a cluster.
 
 // Rows
 
 struct Tile {
-    int expert, start, rows, column;
+    int expert, start, rows, column;  // without rows where an expert's end before the cluster's last block
 };
 
-// Walks the tiles of this cluster, in the same order in every thread.
+// Walks the tiles of this block, which are one below the other in a cluster, in the same order in every thread.
 struct Tiles {
     const int *offsets, *before;
     int experts, across, unit, step, expert = 0;
 
-    // across: tiles beside each other, over the blocks of a cluster.
+    // across: tiles beside each other.
     __device__ Tiles(const int* offsets, int experts, int across)
         : offsets(offsets), before(table(0)), experts(experts), across(across),
           unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
 
+    static __device__ int tall(int rows) { return (rows + ROWS * BLOCKS - 1) / (ROWS * BLOCKS); }
+
     __device__ bool next(Tile& tile) {
         if (unit >= before[experts]) return false;
         while (unit >= before[expert + 1]) ++expert;
-        const int first = start_of(offsets, expert), end = offsets[expert], tiles = (end - first + ROWS - 1) / ROWS;
+        const int first = start_of(offsets, expert), end = offsets[expert];
         const int group = (unit - before[expert]) / (GROUP * across), within = (unit - before[expert]) % (GROUP * across);
-        const int height = min(GROUP, tiles - group * GROUP);
-        const int row = (group * GROUP + within % height) * ROWS;
-        tile = {expert, first + row, min(ROWS, end - first - row), (within / height * BLOCKS + rank_in_cluster()) * COLUMNS};
+        const int height = min(GROUP, tall(end - first) - group * GROUP);
+        const int row = ((group * GROUP + within % height) * BLOCKS + rank_in_cluster()) * ROWS;
+        tile = {expert, first + row, min(ROWS, end - first - row), within / height * COLUMNS};
         unit += step;
         return true;
     }
 };
 
-// out (N, outside) = rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128,
-// and of 512 where blocks are two. Boxes: rows 128 / BLOCKS by 64, w 128 by 64, or ACROSS 64 by 64, out 64 by 64.
+// out (N, outside) = rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128.
+// Boxes: rows and w 128 by 64, or ACROSS w 64 by 64, out 64 by 64.
 template <int ACROSS>
 __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& out_map,
                                const int* offsets, int experts, int inside, int outside, unsigned short* out) {
-    const int across = (outside + COLUMNS - 1) / COLUMNS / BLOCKS;
-    begin(offsets, experts, across, [](int, int rows) { return (rows + ROWS - 1) / ROWS; });
+    const int across = (outside + COLUMNS - 1) / COLUMNS;
+    begin(offsets, experts, across, [](int, int rows) { return Tiles::tall(rows); });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Tiles tiles(offsets, experts, across);
     Tile tile;
@@ -48,19 +50,21 @@ __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map
         if (threadIdx.x == 0) {
             tensor_prefetch(rows_map);
             tensor_prefetch(w_map);
-            const int share = ROWS / SHARES * rank_in_cluster();
             for (int n = 0; tiles.next(tile);)
                 for (int k = 0; k < inside; k += DEPTH, ++n) {
                     const Turn turn(n);
                     const Address there = full(turn.stage), matrix = right(turn.stage);
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
                     barrier_expect(there, STAGE);
-                    tensor_load_all(rows_map, left(turn.stage) + share * 128, k, tile.start + share, there);
+                    tensor_load(rows_map, left(turn.stage), k, tile.start, there);
                     for (int i = 0; i < (ACROSS ? 4 : 2); ++i)
-                        if (ACROSS)
-                            tensor_load(w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * inside + k, there);
+                        if (!loads(ACROSS ? i / 2 : i))
+                            continue;
+                        else if (ACROSS)
+                            tensor_load_all(w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * inside + k, there);
                         else
-                            tensor_load(w_map, matrix + i * 2 * BOX, k, tile.expert * outside + tile.column + 128 * i, there);
+                            tensor_load_all(w_map, matrix + i * 2 * BOX, k, tile.expert * outside + tile.column + 128 * i,
+                                            there);
                 }
         }
     } else {
@@ -130,8 +134,8 @@ struct Parts {
         const int parts = (before[expert + 1] - before[expert]) / (high * across);
         const int first = start_of(offsets, expert), rows = offsets[expert] - first;
         const int start = part_start(rows, chunk, parts), end = part_start(rows, chunk + 1, parts);
-        part = {expert, first + start, end - start, parts == 1 ? -1 : several[expert] + chunk, tile % high * ROWS,
-                (tile / high * BLOCKS + rank_in_cluster()) * COLUMNS};
+        part = {expert, first + start, end - start, parts == 1 ? -1 : several[expert] + chunk,
+                (tile % high * BLOCKS + rank_in_cluster()) * ROWS, tile / high * COLUMNS};
         unit += step;
         return true;
     }
@@ -141,12 +145,12 @@ struct Parts {
 //
 // The only part of an expert goes to dw; of several each goes to parts (part, outside, inside), which `sum_parts` adds.
 // Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: 64 by 64. outside and inside
-// are multiples of 128, inside of 512 where blocks are two.
+// are multiples of 128, outside of 256 where blocks are two.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, long long outside_,
                 long long inside_, long long target, long long last, float* dw, float* parts) {
     const int outside = static_cast<int>(outside_), inside = static_cast<int>(inside_);
-    const int high = outside / ROWS, across = (inside + COLUMNS - 1) / COLUMNS / BLOCKS;
+    const int high = outside / ROWS / BLOCKS, across = (inside + COLUMNS - 1) / COLUMNS;
     const Cuts cuts = {static_cast<int>(experts), static_cast<int>(target), static_cast<int>(last)};
     begin(offsets, cuts.experts, high * across, [=](int e, int rows) { return cuts.parts(e, rows); });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
@@ -164,10 +168,10 @@ weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, lon
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
                     barrier_expect(there, STAGE);
                     for (int i = 0; i < 2; ++i)
-                        if (BLOCKS == 1 || i == rank_in_cluster())
-                            tensor_load_all(y_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k, there);
+                        tensor_load(y_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k, there);
                     for (int i = 0; i < 4; ++i)
-                        tensor_load(x_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k, there);
+                        if (loads(i / 2))
+                            tensor_load_all(x_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k, there);
                 }
         }
     } else {

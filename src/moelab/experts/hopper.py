@@ -31,6 +31,7 @@ ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block:
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
 SUMMED = 256 * 4 * 2  # numbers of a weight gradient that a block of `sum_parts` adds parts of
+LOWEST = 1024  # rows of an expert, of which clusters take 256 at once: fewer would leave too many blocks without any
 DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
 
 
@@ -133,8 +134,8 @@ class Products:
         count, inside = rows.shape
         out = rows.new_empty(count, outside)
         if count > 0:
-            blocks = _cluster(outside)
-            maps = [self.launch.map(rows, ROWS // blocks), self.launch.map(w.flatten(0, 1), box)]
+            blocks = 2 if count >= LOWEST * len(self.offsets) else 1
+            maps = [self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), box)]
             maps += [self.launch.map(out, 64)]
             sizes = len(self.offsets), inside, outside
             self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
@@ -146,8 +147,8 @@ class Products:
         dw = torch.empty(experts, outside, inside, dtype=torch.float32, device=x.device)
         if len(x) == 0:
             return dw.zero_()
-        blocks = _cluster(inside)
-        tiles = outside // ROWS * -(-inside // COLUMNS) // blocks
+        blocks = 2 if outside % (2 * ROWS) == 0 else 1
+        tiles = outside // ROWS // blocks * -(-inside // COLUMNS)
         target, last, most = _cuts(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
         parts = torch.empty(most, outside, inside, dtype=torch.float32, device=x.device)
         maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
@@ -196,11 +197,6 @@ def _cuts(rows: int, experts: int, tiles: int, clusters: int) -> tuple[int, int,
     # An expert of 1.5 times the target or more is cut; the last one also below that, into those of `last`.
     several = 4 * rows // (3 * target) if 2 * rows >= 3 * target else 0
     return target, last, several + (3 * target // (2 * last) + 1 if last < target else 0)
-
-
-def _cluster(outside: int) -> int:
-    """Blocks of a cluster, which have neighbouring tiles of columns."""
-    return 2 if outside % (2 * COLUMNS) == 0 else 1
 
 
 Tensors = tuple[torch.Tensor, ...]

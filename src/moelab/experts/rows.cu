@@ -447,38 +447,55 @@ weighted_backward(const Element* z, const Element* bias, const int* slot_of_row,
     else slopes_of_part<1, true>(slopes, part);
 }
 
-template <int V> __device__ float product_of_rows(const Element* __restrict__ one, const Element* __restrict__ other,
-                                                  Index width) {
-    float sum = 0.0f;
-    for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
-        float a[V] = {}, b[V] = {};
-        add<V>(a, one + at);
-        add<V>(b, other + at);
+template <int V> __device__ void slot_gradients_of_token(
+    const float* __restrict__ partial, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
+    const Element* __restrict__ d_out, const Index* __restrict__ indices, const Element* __restrict__ bias,
+    float* __restrict__ d_weights, Index token, Index top_k, Index blocks, Index width) {
+    constexpr int AHEAD = 4;  // slots at once
+    const int rows_kept = *kept;
+    for (Index first = token * top_k; first < (token + 1) * top_k; first += AHEAD) {
+        float sum[AHEAD] = {};
+        bool there[AHEAD];
+        const Element* added[AHEAD];
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum += a[j] * b[j];
+        for (int i = 0; i < AHEAD; ++i) {
+            const Index row = first + i < (token + 1) * top_k ? row_of_slot[first + i] : rows_kept;
+            there[i] = row < rows_kept;
+            if (!there[i]) continue;
+            added[i] = bias ? bias + indices[first + i] * width : nullptr;
+            for (Index at = threadIdx.x; at < blocks; at += 32) sum[i] += partial[row * blocks + at];
+        }
+        if (bias)
+            for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
+                float gradient[V];
+                widen(load<V>(d_out + token * width + at), gradient);
+#pragma unroll
+                for (int i = 0; i < AHEAD; ++i) {
+                    if (!there[i]) continue;
+                    float value[V];
+                    widen(load<V>(added[i] + at), value);
+#pragma unroll
+                    for (int j = 0; j < V; ++j) sum[i] += gradient[j] * value[j];
+                }
+            }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            sum[i] = sum_of_lanes(sum[i]);
+            if (threadIdx.x == 0 && first + i < (token + 1) * top_k) d_weights[first + i] = sum[i];
+        }
     }
-    return sum;
 }
 
 // d_weights (T, K) = Σ of the slot's row in partial (N, B), and ⟨d_out[t], bias of its expert⟩ where bias is not 0; 0 for
-// a dropped slot.
+// a dropped slot. A token's d_out is read once.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const Element* d_out,
-              const Index* indices, const Element* bias, float* d_weights, Index slots, Index top_k, Index blocks,
+              const Index* indices, const Element* bias, float* d_weights, Index tokens, Index top_k, Index blocks,
               Index width, Index wide) {
-    const Index slot = warp_of_grid();
-    if (slot >= slots) return;
-    const Index row = row_of_slot[slot];
-    float sum = 0.0f;
-    if (row < *kept) {
-        for (Index at = threadIdx.x; at < blocks; at += 32) sum += partial[row * blocks + at];
-        if (bias) {
-            const Element *dy = d_out + slot / top_k * width, *b = bias + indices[slot] * width;
-            sum += wide ? product_of_rows<LINE>(dy, b, width) : product_of_rows<1>(dy, b, width);
-        }
-    }
-    sum = sum_of_lanes(sum);
-    if (threadIdx.x == 0) d_weights[slot] = sum;
+    const Index token = warp_of_grid();
+    if (token >= tokens) return;
+    BY_WIDTH(wide, slot_gradients_of_token, partial, row_of_slot, kept, d_out, indices, bias, d_weights, token, top_k,
+             blocks, width);
 }
 
 // Gradients of the experts' parameters

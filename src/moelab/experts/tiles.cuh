@@ -10,9 +10,11 @@ constexpr int BARRIERS = STAGING + 2 * CHUNK;
 constexpr int TABLES = BARRIERS + 2 * STAGES * 8;
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
-constexpr int SHARES = BLOCKS > 1 ? 2 : 1;
 
-static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the rows, or all");
+static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the columns, or all");
+
+// Whether this block loads this half of a tile's columns, which its cluster shares.
+__device__ inline bool loads(int half) { return BLOCKS == 1 || half == rank_in_cluster(); }
 
 __device__ inline Address full(int stage) { return shared_base() + BARRIERS + 8 * stage; }
 __device__ inline Address empty(int stage) { return full(STAGES + stage); }
