@@ -11,13 +11,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from moelab.config import MoEConfig, RunConfig, RunFailed, UsageError
-from moelab.training import load, train
+from moelab.training import load, loop, train
 from moelab.training.loop import Interrupted, Trainer, first_difference, padded_vocabulary
 
 MakeRun = Callable[..., RunConfig]
@@ -270,6 +272,35 @@ def test_measuring_the_routing_changes_nothing_that_is_trained(tiny_run: MakeRun
     left, right = weights(tmp_path / "1"), weights(tmp_path / "100")
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert left["blocks.0.feed_forward.router.selection_bias"].abs().sum() > 0
+
+
+def test_measuring_the_routing_and_the_loss_is_not_time_of_training(
+    tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or an arm with experts would be charged for figures that a dense one does not have."""
+    now = 0.0
+
+    def passing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            nonlocal now
+            now += 1000
+            return function(*arguments)
+
+        return slow
+
+    monkeypatch.setattr(loop, "routing", passing(loop.routing))
+    monkeypatch.setattr(loop, "score", passing(loop.score))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    take_step = Trainer._step
+
+    def step_of_a_second(self: Trainer, windows: torch.Tensor) -> None:
+        nonlocal now
+        now += 1
+        take_step(self, windows)
+
+    monkeypatch.setattr(Trainer, "_step", step_of_a_second)
+    summary = train(tiny_run("moe", steps=7, routing_interval=2, evaluation_interval=3), tmp_path / "moe")
+    assert summary["seconds"] == 7
 
 
 def test_load_gives_the_model_that_was_scored(tiny_run: MakeRun, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ import torch
 from moelab.config import ModelConfig, require
 from moelab.device import keep_freed_memory
 from moelab.model import GPT
-from moelab.model.head import CHUNK
 from moelab.text import Split
 
 LOGITS = 2**24  # held at once where the head makes all that it is asked for
+STATES = 2**23  # numbers of a block's output at once, where it does not: small models wait for launches, not for memory
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,11 @@ def windows(predictions: int, context: int, stride: int) -> list[Window]:
 
 
 def contexts_at_once(config: ModelConfig, device: torch.device) -> int:
-    """Contexts that `score` computes at once: on GPUs as many tokens as the head's largest chunk."""
-    tokens = CHUNK["cuda"] if device.type == "cuda" else LOGITS // config.vocabulary
-    return max(1, min(64, tokens // config.context))
+    """Contexts that `score` computes at once: on CPUs their logits are the most, on GPUs, where those come in chunks,
+    what is in a block."""
+    if device.type == "cuda":
+        return max(1, STATES // (config.width * config.context))
+    return max(1, min(64, LOGITS // (config.vocabulary * config.context)))
 
 
 @torch.no_grad()

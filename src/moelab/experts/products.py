@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 LINE = 8  # bf16 elements of 16 bytes, the least that a row's stride may be a multiple of
-# Elements that a CPU's matrix unit (AMX) takes at once. Of a shorter row oneDNN reads into the next one, times 0, which a
-# NaN there makes NaN; seen with PyTorch 2.13.
+# Elements that a CPU's matrix unit (AMX) takes at once. Of a shorter row oneDNN reads into the next one, times 0, which
+# a NaN there makes NaN; seen with PyTorch 2.13.
 AMX_LINE = 32
 
 

@@ -41,7 +41,7 @@ class Progress:
     tokens: int = 0
     """Tokens trained on."""
     seconds: float = 0.0
-    """Seconds of training: evaluations, checkpoints and compilation are not counted."""
+    """Seconds of training: evaluations, measurements of the routing, checkpoints and compilation are not counted."""
     batches_digest: str = ""
     """`batches.chain_digest` of every batch so far."""
     loss_scale: dict[str, Any] | None = None

@@ -158,15 +158,16 @@ def _head(model: ModelConfig, tokens: int, device: torch.device, size: int) -> i
 
 def evaluation_memory(run: RunConfig, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes of what comes on top of a step on a GPU, since a captured one leaves its memory to nobody: the logits of
-    `evaluation.score`, or a block's forward pass over the micro-batch that the routing is measured on."""
+    `evaluation.score` or what a block of it has, or a block's forward pass over the micro-batch that the routing is
+    measured on."""
     if device.type != "cuda":
         return 0
     model = run.model
-    scored = min(CHUNK["cuda"], contexts_at_once(model, device) * model.context)
-    logits = scored * model.vocabulary * dtype.itemsize
-    tokens = run.training.batch_size * model.context
-    routing = max((_Block(model, layer, device, dtype.itemsize).kept(tokens) for layer in model.moe_layers), default=0)
-    return max(logits, routing)
+    scored, tokens = contexts_at_once(model, device) * model.context, run.training.batch_size * model.context
+    logits = min(CHUNK["cuda"], scored) * model.vocabulary * dtype.itemsize
+    blocks = [_Block(model, layer, device, dtype.itemsize) for layer in range(model.layers)]
+    routing = (blocks[layer].kept(tokens) for layer in model.moe_layers)
+    return max(logits, *routing, *(block.passing(scored) for block in blocks))
 
 
 def split_step(
