@@ -188,7 +188,8 @@ class Rows:
         hidden = d_h_NF.shape[1]
         d_z, h_NF = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z), torch.empty_like(d_h_NF)
         sums, grid, wide = self._strips(z, bias, hidden)
-        partial = weights_TK.new_empty(len(z), grid[1])
+        strips = grid[0] // self._parts
+        partial = weights_TK.new_empty(len(z), strips)
         self.launch(
             self.source, "weighted_backward", grid, (32, WARPS), z.data_ptr(), _address(bias), self._slot_of_row,
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
@@ -198,7 +199,7 @@ class Rows:
         d_weights_TK = torch.empty_like(weights_TK)
         self._run(
             "slot_gradient", tokens, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
-            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, grid[1],
+            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, strips,
             width, _wide(width, b_out_ED, dy_TD),
         )  # fmt: skip
         return d_z, h_NF, d_weights_TK, self._sum_of_parts(sums, z)
@@ -218,12 +219,12 @@ class Rows:
     def _strips(
         self, rows: torch.Tensor, bias: torch.Tensor | None, width: int
     ) -> tuple[torch.Tensor | None, tuple[int, int], int]:
-        """Room for the sums of parts of experts' rows (…, C), if there is a bias; the grid of blocks for parts and
-        columns; and whether accesses are of 16 bytes."""
+        """Room for the sums of parts of experts' rows (…, C), if there is a bias; a grid of a block for each strip of
+        columns of each part; and whether accesses are of 16 bytes."""
         wide = _wide(width, bias, rows)
-        parts = self.indices_TK.numel() // TALL + len(self.routing.offsets)  # as many as there may be
-        sums = None if bias is None else rows.new_empty(parts, rows.shape[1], dtype=torch.float32)
-        return sums, (parts, -(-width // (32 * (16 // rows.element_size() if wide else 1)))), wide
+        sums = None if bias is None else rows.new_empty(self._parts, rows.shape[1], dtype=torch.float32)
+        strips = -(-width // (32 * (16 // rows.element_size() if wide else 1)))
+        return sums, (self._parts * strips, 1), wide
 
     def _sum_of_parts(self, sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """(E, C); empty where there is nothing to sum."""
@@ -245,6 +246,11 @@ class Rows:
 
     def _run(self, name: str, warps: int, *arguments: int) -> None:
         self.launch(self.source, name, (-(-warps // WARPS), 1), (32, WARPS), *arguments)
+
+    @property
+    def _parts(self) -> int:
+        """Parts of experts' rows, as many as there may be."""
+        return self.indices_TK.numel() // TALL + len(self.routing.offsets)
 
     @functools.cached_property
     def _row_of_slot(self) -> int:

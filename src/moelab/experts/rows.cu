@@ -249,13 +249,19 @@ combine_backward(const Element* d_out, const Element* rows, const int* row_of_sl
 
 constexpr int TALL = 256;  // rows of a part
 
-// The number-th part of all experts': whose it is and which rows. All lanes of a warp together.
+// What a block has of rows (N, width): a part of an expert's, and of its columns a strip of 32 accesses. Strips of a part are
+// neighbours in the grid, so that rows are read whole, and the last part is the first: a kernel before this one has left the
+// last rows in the cache. Without rows where there are fewer parts than blocks. All lanes of a warp together.
 struct Part {
-    int expert = 0;
+    int number, strip, expert = 0;
     Index start = 0, end = 0;
 
-    __device__ Part(const int* offsets, int experts, int number) {
-        const int lane = threadIdx.x;
+    __device__ Part(const int* offsets, Index experts_, Index width, bool wide) {
+        const int experts = static_cast<int>(experts_), lane = threadIdx.x, columns = 32 * (wide ? LINE : 1);
+        const int across = static_cast<int>((width + columns - 1) / columns);
+        strip = static_cast<int>(blockIdx.x) % across * columns;
+        number = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) / across;
+        int left = number;
         for (int base = 0; base < experts; base += 32) {
             const int e = base + lane, first = e > 0 && e < experts ? offsets[e - 1] : 0;
             const int own = e < experts ? (offsets[e] - first + TALL - 1) / TALL : 0;
@@ -265,33 +271,33 @@ struct Part {
                 const int below = __shfl_up_sync(ALL, up_to, step);
                 if (lane >= step) up_to += below;
             }
-            const unsigned past = __ballot_sync(ALL, number < up_to);
+            const unsigned past = __ballot_sync(ALL, left < up_to);
             if (past) {
                 const int there = __popc((past & -past) - 1);
                 const int begin = __shfl_sync(ALL, first, there);
                 expert = base + there;
-                start = begin + static_cast<Index>(number - __shfl_sync(ALL, up_to - own, there)) * TALL;
+                start = begin + static_cast<Index>(left - __shfl_sync(ALL, up_to - own, there)) * TALL;
                 end = min(start + TALL, static_cast<Index>(offsets[expert]));
                 return;
             }
-            number -= __shfl_sync(ALL, up_to, 31);
+            left -= __shfl_sync(ALL, up_to, 31);
         }
     }
 };
 
-// The sums of the warps' lanes' V columns, from `first` on, to sums (parts, width). All threads of the block together.
+// The sums of the warps' lanes' V columns to a row of sums (parts, width). All threads of the block together.
 template <int V>
-__device__ void store_sums(const float (&sum)[V], float* __restrict__ sums, Index first, Index width) {
+__device__ void store_sums(const float (&sum)[V], float* __restrict__ sums, Index row, Index strip, Index width) {
     __shared__ float of_warp[WARPS][32 * V];
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < V; ++j) of_warp[threadIdx.y][threadIdx.x * V + j] = sum[j];
     __syncthreads();
     const int column = threadIdx.y * 32 + threadIdx.x;
-    if (column >= 32 * V || blockIdx.y * 32 * V + column >= width) return;
+    if (column >= 32 * V || strip + column >= width) return;
     float total = 0.0f;
     for (int i = 0; i < WARPS; ++i) total += of_warp[i][column];
-    sums[first + column] = total;
+    sums[row * width + strip + column] = total;
 }
 
 // Activation
@@ -335,8 +341,8 @@ template <int V> __device__ void activate_row(
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 activate(const Element* z, const Element* bias, const Index* indices, const int* slot_of_row, const int* kept,
          Element* h, Index hidden, Index wide) {
-    const Index row = warp_of_grid();
-    if (row >= *kept) return;
+    const Index row = *kept - 1 - warp_of_grid();  // the last ones first, which the product before has left in the cache
+    if (row < 0) return;
     const Index expert = bias ? indices[slot_of_row[row]] : 0;
     BY_WIDTH(wide, activate_row, z, bias, h, row, expert, hidden);
 }
@@ -357,29 +363,32 @@ struct Slopes {
 // 32 lanes' columns of a part of an expert's rows, each warp every eighth of them.
 template <int V, bool WEIGHTED> __device__ void slopes_of_part(const Slopes& s, const Part& part) {
     constexpr int AHEAD = 4 / PARTS;  // rows whose loads are in flight
-    const Index strip = static_cast<Index>(blockIdx.y) * 32 * V, at = strip + threadIdx.x * V;
+    static_assert(TALL == 32 * WARPS, "a warp's rows have a lane each, which holds their weight");
+    const int at = part.strip + static_cast<int>(threadIdx.x) * V;
+    const Index top = part.start + threadIdx.y, step = WARPS * s.hidden;
+    const int rows = (static_cast<int>(part.end - top) + WARPS - 1) / WARPS;  // of this warp; 0 or less: none
     const bool inside = at < s.hidden;
+    const int across = (static_cast<int>(s.hidden) + 32 * V - 1) / (32 * V);
     float bias[PARTS][V] = {}, sum[PARTS][V] = {};
     if (s.bias && inside)
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) add<V>(bias[i], s.bias + (part.expert * PARTS + i) * s.hidden + at);
-    for (Index first = part.start + threadIdx.y; first < part.end; first += AHEAD * WARPS) {
+    float weights = 0.0f;  // read here, since for each row by itself one waits for its slot, and all loads after it
+    if (WEIGHTED && static_cast<int>(threadIdx.x) < rows) weights = s.weights[s.slot_of_row[top + threadIdx.x * WARPS]];
+    Index before = top * s.hidden;  // numbers before the row
+    for (int number = 0; number < rows; number += AHEAD, before += AHEAD * step) {
         Chunk<V> z[AHEAD][PARTS], d[AHEAD];
-        float weight[AHEAD];
 #pragma unroll
         for (int n = 0; n < AHEAD; ++n) {
-            const Index row = first + n * WARPS;
-            if (row >= part.end) break;
-            if (WEIGHTED) weight[n] = s.weights[s.slot_of_row[row]];
-            if (!inside) continue;
-            d[n] = load<V>(s.d_h + row * s.hidden + at);
+            if (!inside || number + n >= rows) continue;
+            d[n] = load<V>(s.d_h + before + n * step + at);
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) z[n][i] = load<V>(s.z + (row * PARTS + i) * s.hidden + at);
+            for (int i = 0; i < PARTS; ++i) z[n][i] = load<V>(s.z + PARTS * (before + n * step) + i * s.hidden + at);
         }
 #pragma unroll
         for (int n = 0; n < AHEAD; ++n) {
-            const Index row = first + n * WARPS;
-            if (row >= part.end) break;
+            if (number + n >= rows) break;
+            const float weight = WEIGHTED ? __shfl_sync(ALL, weights, number + n) : 1.0f;
             float product = 0.0f;
             if (inside) {
                 float value[PARTS][V], gradient[V];
@@ -396,38 +405,38 @@ template <int V, bool WEIGHTED> __device__ void slopes_of_part(const Slopes& s, 
                     const float factor = GATED ? value[PARTS - 1][j] : 1.0f;
                     if (WEIGHTED) {
                         product += gradient[j] * at_gate.height * factor;
-                        gradient[j] *= weight[n];
+                        gradient[j] *= weight;
                     }
                     value[0][j] = gradient[j] * at_gate.slope * factor;
                     if (GATED) value[PARTS - 1][j] = gradient[j] * at_gate.height;
-                    if (WEIGHTED) gradient[j] = weight[n] * at_gate.height * factor;
+                    if (WEIGHTED) gradient[j] = weight * at_gate.height * factor;
                 }
 #pragma unroll
                 for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
                     for (int j = 0; j < V; ++j) sum[i][j] += value[i][j];
-                    copy(s.d_z + (row * PARTS + i) * s.hidden + at, narrow(value[i]));
+                    copy(s.d_z + PARTS * (before + n * step) + i * s.hidden + at, narrow(value[i]));
                 }
-                if (WEIGHTED) copy(s.h + row * s.hidden + at, narrow(gradient));
+                if (WEIGHTED) copy(s.h + before + n * step + at, narrow(gradient));
             }
             if (WEIGHTED) {
                 product = sum_of_lanes(product);
-                if (threadIdx.x == 0) s.partial[row * gridDim.y + blockIdx.y] = product;
+                if (threadIdx.x == 0) s.partial[(top + (number + n) * WARPS) * across + part.strip / (32 * V)] = product;
             }
         }
     }
     if (s.sums)
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
-            store_sums<V>(sum[i], s.sums, (static_cast<Index>(blockIdx.x) * PARTS + i) * s.hidden + strip, s.hidden);
+            store_sums<V>(sum[i], s.sums, static_cast<Index>(part.number) * PARTS + i, part.strip, s.hidden);
 }
 
 // d_h (N, F) → d_z (N, F; 2F for swiglu) = d_h · act'(z + bias), which may be d_h itself, except for swiglu; and sums of its
-// rows (parts, F; 2F) where sums is not 0. Grid: (as many parts as there may be, F / (32 · elements an access)).
+// rows (parts, F; 2F) where sums is not 0. Grid: as many parts as there may be, times their strips.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 activate_backward(const Element* z, const Element* bias, const int* slot_of_row, const int* offsets, Index experts,
                   const Element* d_h, Element* d_z, float* sums, Index hidden, Index wide) {
-    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    const Part part(offsets, experts, hidden, wide);
     if (part.start == part.end) return;
     const Slopes slopes = {z, bias, slot_of_row, d_h, d_z, sums, nullptr, nullptr, nullptr, hidden};
     if (wide) slopes_of_part<LINE, false>(slopes, part);
@@ -435,12 +444,12 @@ activate_backward(const Element* z, const Element* bias, const int* slot_of_row,
 }
 
 // The same where h was not kept, and d_h is of rows without their weights (T, K): d_z and h = act(z + bias), both weighted,
-// and ⟨d_h, act(z + bias)⟩ of each row over a block's columns, partial (N, blocks across).
+// and ⟨d_h, act(z + bias)⟩ of each row over a strip, partial (N, strips).
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3)
 weighted_backward(const Element* z, const Element* bias, const int* slot_of_row, const int* offsets, Index experts,
                   const Element* d_h, Element* d_z, float* sums, const float* weights, Element* h, float* partial,
                   Index hidden, Index wide) {
-    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    const Part part(offsets, experts, hidden, wide);
     if (part.start == part.end) return;
     const Slopes slopes = {z, bias, slot_of_row, d_h, d_z, sums, weights, h, partial, hidden};
     if (wide) slopes_of_part<LINE, true>(slopes, part);
@@ -451,37 +460,45 @@ template <int V> __device__ void slot_gradients_of_token(
     const float* __restrict__ partial, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
     const Element* __restrict__ d_out, const Index* __restrict__ indices, const Element* __restrict__ bias,
     float* __restrict__ d_weights, Index token, Index top_k, Index blocks, Index width) {
-    constexpr int AHEAD = 4;  // slots at once
+    constexpr int SLOTS = 2, AHEAD = 4;  // slots at once, and loads in flight
     const int rows_kept = *kept;
-    for (Index first = token * top_k; first < (token + 1) * top_k; first += AHEAD) {
-        float sum[AHEAD] = {};
-        bool there[AHEAD];
-        const Element* added[AHEAD];
+    for (Index first = token * top_k; first < (token + 1) * top_k; first += SLOTS) {
+        float sum[SLOTS] = {};
+        bool there[SLOTS];
+        Index row[SLOTS];
+        const Element* added[SLOTS];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const Index row = first + i < (token + 1) * top_k ? row_of_slot[first + i] : rows_kept;
-            there[i] = row < rows_kept;
-            if (!there[i]) continue;
-            added[i] = bias ? bias + indices[first + i] * width : nullptr;
-            for (Index at = threadIdx.x; at < blocks; at += 32) sum[i] += partial[row * blocks + at];
+        for (int i = 0; i < SLOTS; ++i) {
+            const Index slot = min(first + i, (token + 1) * top_k - 1);
+            row[i] = row_of_slot[slot];
+            there[i] = row[i] < rows_kept;
+            added[i] = bias && there[i] ? bias + indices[slot] * width : bias;
         }
-        if (bias)
-            for (Index at = threadIdx.x * V; at < width; at += 32 * V) {
-                float gradient[V];
-                widen(load<V>(d_out + token * width + at), gradient);
+        for (Index at = threadIdx.x * V; bias && at < width; at += AHEAD * 32 * V) {
+            Chunk<V> chunk[AHEAD];
 #pragma unroll
-                for (int i = 0; i < AHEAD; ++i) {
-                    if (!there[i]) continue;
+            for (int n = 0; n < AHEAD; ++n)
+                if (at + n * 32 * V < width) chunk[n] = load<V>(d_out + token * width + at + n * 32 * V);
+#pragma unroll
+            for (int n = 0; n < AHEAD; ++n) {
+                if (at + n * 32 * V >= width) break;
+                float gradient[V];
+                widen(chunk[n], gradient);
+#pragma unroll
+                for (int i = 0; i < SLOTS; ++i) {
                     float value[V];
-                    widen(load<V>(added[i] + at), value);
+                    widen(load<V>(added[i] + at + n * 32 * V), value);
 #pragma unroll
                     for (int j = 0; j < V; ++j) sum[i] += gradient[j] * value[j];
                 }
             }
+        }
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            sum[i] = sum_of_lanes(sum[i]);
-            if (threadIdx.x == 0 && first + i < (token + 1) * top_k) d_weights[first + i] = sum[i];
+        for (int i = 0; i < SLOTS; ++i) {
+            if (there[i])
+                for (Index at = threadIdx.x; at < blocks; at += 32) sum[i] += partial[row[i] * blocks + at];
+            const float total = sum_of_lanes(sum[i]);
+            if (threadIdx.x == 0 && first + i < (token + 1) * top_k) d_weights[first + i] = there[i] ? total : 0.0f;
         }
     }
 }
@@ -503,7 +520,7 @@ slot_gradient(const float* partial, const int* row_of_slot, const int* kept, con
 template <int V> __device__ void sum_columns(
     const Element* __restrict__ rows, const float* __restrict__ weights, const int* __restrict__ slot_of_row,
     float* __restrict__ sums, const Part& part, Index top_k, Index width) {
-    const Index strip = static_cast<Index>(blockIdx.y) * 32 * V, at = strip + threadIdx.x * V;
+    const int at = part.strip + static_cast<int>(threadIdx.x) * V;
     float sum[V] = {};
     if (at < width && weights) {
 #pragma unroll 4
@@ -519,15 +536,15 @@ template <int V> __device__ void sum_columns(
 #pragma unroll 4
         for (Index row = part.start + threadIdx.y; row < part.end; row += WARPS) add<V>(sum, rows + row * width + at);
     }
-    store_sums<V>(sum, sums, blockIdx.x * width + strip, width);
+    store_sums<V>(sum, sums, part.number, part.strip, width);
 }
 
 // rows (N, C) → sums (parts, C), over the rows of each part; or with weights (T, K) of tokens (T, C) for rows, the sum of
-// their rows times the weights. Grid: (as many parts as there may be, C / (32 · elements an access)).
+// their rows times the weights. Grid: as many parts as there may be, times their strips.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 bias_parts(const Element* rows, const float* weights, const int* slot_of_row, const int* offsets, float* sums,
            Index experts, Index top_k, Index width, Index wide) {
-    const Part part(offsets, static_cast<int>(experts), blockIdx.x);
+    const Part part(offsets, experts, width, wide);
     if (part.start == part.end) return;
     BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part, top_k, width);
 }

@@ -143,6 +143,10 @@ def route_backward(
     acc = tl.zeros((EXPERTS_2, COLUMNS), tl.float32)
     begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, tokens)
+    t = begin + tl.arange(0, TOKENS)
+    spot = t.to(tl.int64)[:, None] * width + c[None, :]
+    # Read a turn ahead: the compiler does so with what goes into products alone.
+    coming = tl.load(d_through + spot, mask=(t < end)[:, None] & (c < width)[None, :], other=0.0)
     for first in range(begin, end, TOKENS):
         t = first + tl.arange(0, TOKENS)
         spot = t.to(tl.int64)[:, None] * width + c[None, :]
@@ -152,7 +156,9 @@ def route_backward(
             mask=(t < end)[:, None] & (e < experts)[None, :], other=0.0,
         )  # fmt: skip
         a = tl.load(x + spot, mask=mask, other=0.0)
-        through = tl.load(d_through + spot, mask=mask, other=0.0).to(tl.float32)
+        through = coming.to(tl.float32)
+        after = (t + TOKENS < end)[:, None] & (c < width)[None, :]
+        coming = tl.load(d_through + spot + TOKENS * width, mask=after, other=0.0)
         own = tl.dot(d, matrix, input_precision="tf32x3")
         tl.store(dx + spot, (through + own).to(dx.dtype.element_ty), mask=mask)
         if a.dtype == tl.float32:
