@@ -50,7 +50,7 @@ class EmulatedLaunch:
         if library is None:
             library = self._libraries[source] = self._built(source)
         cluster = int(dict(source.definitions(self.arch))["BLOCKS"])
-        together = {"route.cu": grid[0], "hopper.cu": cluster}.get(source.file, 1)
+        together = {"route.cu": grid[0], "hopper.cu": cluster, "activated.cu": cluster}.get(source.file, 1)
         together = 1 if name == "sum_parts" else together
         two, given = ctypes.c_int * 2, (ctypes.c_longlong * ARGUMENTS)(*map(_number, arguments))
         stuck = library.run(getattr(library, name), two(*grid), two(*block), together, shared, given)

@@ -25,6 +25,7 @@ typedef unsigned Address;  // from the start of the block's shared memory
 inline Address shared_base() { return 0; }
 inline unsigned char* memory_of(Block& block, Address at) { return reinterpret_cast<unsigned char*>(block.memory.data()) + at; }
 inline uint4 load_line(Address at) { return *reinterpret_cast<uint4*>(memory_of(my_block(), at)); }
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 inline void clear_line(Address at) { std::memset(memory_of(my_block(), at), 0, 16); }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int rank_in_cluster() { return blockIdx.x % BLOCKS; }
@@ -62,6 +63,8 @@ inline void barrier_arrive(Address barrier, int block) {
     --phases.pending;
     check(phases);
 }
+
+inline void barrier_arrive(Address barrier) { barrier_arrive(barrier, rank_in_cluster()); }
 
 inline void barrier_wait(Address barrier, int parity) {
     while (phases_of(my_block(), barrier).parity == static_cast<unsigned>(parity)) yield();
@@ -124,6 +127,7 @@ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
 inline void stores_issued() {}
 inline void stores_read() {}
 
+inline void tensor_fetch(const TensorMap&, int, int) {}
 inline void tensor_prefetch(const TensorMap&) {}
 
 template <int COUNT> void fewer_registers() {}

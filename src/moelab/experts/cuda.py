@@ -138,8 +138,8 @@ class Rows:
         (tokens, top_k), width = self.indices_TK.shape, rows_ND.shape[1]
         out_TD = rows_ND.new_empty(tokens, width)
         self._run(
-            "combine", tokens, rows_ND.data_ptr(), self._row_of_slot, self._kept, _address(weights_TK),
-            self.indices_TK.data_ptr(), _address(bias_ED), out_TD.data_ptr(), tokens, top_k, width,
+            "combine", tokens, rows_ND.data_ptr(), self._row_of_slot, self._kept, address(weights_TK),
+            self.indices_TK.data_ptr(), address(bias_ED), out_TD.data_ptr(), tokens, top_k, width,
             _wide(width, bias_ED, rows_ND),
         )  # fmt: skip
         return out_TD
@@ -152,7 +152,7 @@ class Rows:
         d_rows_ND, d_weights_TK = torch.empty_like(rows_ND), torch.empty_like(weights_TK)
         self._run(
             "combine_backward", tokens, d_out_TD.data_ptr(), rows_ND.data_ptr(), self._row_of_slot, self._kept,
-            weights_TK.data_ptr(), self.indices_TK.data_ptr(), _address(bias_ED), d_rows_ND.data_ptr(),
+            weights_TK.data_ptr(), self.indices_TK.data_ptr(), address(bias_ED), d_rows_ND.data_ptr(),
             d_weights_TK.data_ptr(), tokens, top_k, width, _wide(width, bias_ED, d_out_TD),
         )  # fmt: skip
         return d_rows_ND, d_weights_TK
@@ -161,7 +161,7 @@ class Rows:
         """z (N, F; 2F for swiglu) → h (N, F) = act(z + bias of its expert)."""
         h_NF = z.new_empty(z.shape[0], hidden)
         self._run(
-            "activate", z.shape[0], z.data_ptr(), _address(bias), self.indices_TK.data_ptr(), self._slot_of_row,
+            "activate", z.shape[0], z.data_ptr(), address(bias), self.indices_TK.data_ptr(), self.slot_of_row,
             self._kept, h_NF.data_ptr(), hidden, _wide(hidden, bias, z),
         )  # fmt: skip
         return h_NF
@@ -173,11 +173,11 @@ class Rows:
         d_z = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z)
         sums, grid, wide = self._strips(z, bias, d_h_NF.shape[1])
         self.launch(
-            self.source, "activate_backward", grid, (32, WARPS), z.data_ptr(), _address(bias), self._slot_of_row,
+            self.source, "activate_backward", grid, (32, WARPS), z.data_ptr(), address(bias), self.slot_of_row,
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
-            _address(sums), d_h_NF.shape[1], wide,
+            address(sums), d_h_NF.shape[1], wide,
         )  # fmt: skip
-        return d_z, self._sum_of_parts(sums, z)
+        return d_z, self.sum_of_parts(sums, TALL, z)
 
     def weighted_backward(
         self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor, weights_TK: torch.Tensor,
@@ -191,18 +191,25 @@ class Rows:
         strips = grid[0] // self._parts
         partial = weights_TK.new_empty(len(z), strips)
         self.launch(
-            self.source, "weighted_backward", grid, (32, WARPS), z.data_ptr(), _address(bias), self._slot_of_row,
+            self.source, "weighted_backward", grid, (32, WARPS), z.data_ptr(), address(bias), self.slot_of_row,
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
-            _address(sums), weights_TK.data_ptr(), h_NF.data_ptr(), partial.data_ptr(), hidden, wide,
+            address(sums), weights_TK.data_ptr(), h_NF.data_ptr(), partial.data_ptr(), hidden, wide,
         )  # fmt: skip
+        d_weights_TK = self.slot_gradient(partial, weights_TK, dy_TD, b_out_ED)
+        return d_z, h_NF, d_weights_TK, self.sum_of_parts(sums, TALL, z)
+
+    def slot_gradient(
+        self, partial: torch.Tensor, weights_TK: torch.Tensor, dy_TD: torch.Tensor, b_out_ED: torch.Tensor | None
+    ) -> torch.Tensor:
+        """From partial (N, strips), of which each row's sum is ⟨d_h, h⟩: gradients of the weights (T, K)."""
         (tokens, top_k), width = weights_TK.shape, dy_TD.shape[1]
         d_weights_TK = torch.empty_like(weights_TK)
         self._run(
             "slot_gradient", tokens, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
-            self.indices_TK.data_ptr(), _address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, strips,
+            self.indices_TK.data_ptr(), address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, partial.shape[1],
             width, _wide(width, b_out_ED, dy_TD),
         )  # fmt: skip
-        return d_z, h_NF, d_weights_TK, self._sum_of_parts(sums, z)
+        return d_weights_TK
 
     def bias_gradient(self, rows: torch.Tensor, weights_TK: torch.Tensor | None = None) -> torch.Tensor:
         """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
@@ -210,11 +217,11 @@ class Rows:
         width = rows.shape[1]
         sums, grid, wide = self._strips(rows, rows, width)
         self.launch(
-            self.source, "bias_parts", grid, (32, WARPS), rows.data_ptr(), _address(weights_TK), self._slot_of_row,
-            self.routing.offsets.data_ptr(), _address(sums), len(self.routing.offsets), self.indices_TK.shape[1],
+            self.source, "bias_parts", grid, (32, WARPS), rows.data_ptr(), address(weights_TK), self.slot_of_row,
+            self.routing.offsets.data_ptr(), address(sums), len(self.routing.offsets), self.indices_TK.shape[1],
             width, wide,
         )  # fmt: skip
-        return self._sum_of_parts(sums, rows)
+        return self.sum_of_parts(sums, TALL, rows)
 
     def _strips(
         self, rows: torch.Tensor, bias: torch.Tensor | None, width: int
@@ -226,14 +233,14 @@ class Rows:
         strips = -(-width // (32 * (16 // rows.element_size() if wide else 1)))
         return sums, (self._parts * strips, 1), wide
 
-    def _sum_of_parts(self, sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """(E, C); empty where there is nothing to sum."""
+    def sum_of_parts(self, sums: torch.Tensor | None, tall: int, like: torch.Tensor) -> torch.Tensor:
+        """sums (parts, C), of `tall` rows of an expert each → (E, C); empty where there is nothing to sum."""
         if sums is None:
             return like.new_empty(0)
         out = like.new_empty(len(self.routing.offsets), sums.shape[1])
         self.launch(
             self.source, "bias_gradient", (-(-sums.shape[1] // (32 * WARPS)), len(out)), (32, WARPS), sums.data_ptr(),
-            self.routing.offsets.data_ptr(), out.data_ptr(), sums.shape[1],
+            self.routing.offsets.data_ptr(), out.data_ptr(), tall, sums.shape[1],
         )  # fmt: skip
         return out
 
@@ -257,7 +264,7 @@ class Rows:
         return self.routing.row_of_slot.data_ptr()
 
     @functools.cached_property
-    def _slot_of_row(self) -> int:
+    def slot_of_row(self) -> int:
         return self.routing.slot_of_row.data_ptr()
 
     @functools.cached_property
@@ -266,7 +273,7 @@ class Rows:
         return self.routing.offsets[-1:].data_ptr()
 
 
-def _address(t: torch.Tensor | None) -> int:
+def address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 

@@ -1,39 +1,9 @@
-// Products of rows that are sorted by expert, bf16, on Hopper's tensor cores. Blocks are persistent; warpgroup 0 loads, 1
-// and 2 multiply, each 64 rows of a tile of 128 by 256. A cluster of two blocks has the same columns and rows below each
-// other: each loads half of the columns for both.
+// Products of rows that are sorted by expert, bf16, on Hopper's tensor cores, in tiles as tiles.cuh has them. Blocks are
+// persistent; warpgroup 0 loads, 1 and 2 multiply.
 //
-// Compiled with BLOCKS, those of a cluster.
+// Compiled with BLOCKS, those of a cluster, and with 4 STAGES.
 
 // Rows
-
-struct Tile {
-    int expert, start, rows, column;  // without rows where an expert's end before the cluster's last block
-};
-
-// Walks the tiles of this block, which are one below the other in a cluster, in the same order in every thread.
-struct Tiles {
-    const int *offsets, *before;
-    int experts, across, unit, step, expert = 0;
-
-    // across: tiles beside each other.
-    __device__ Tiles(const int* offsets, int experts, int across)
-        : offsets(offsets), before(table(0)), experts(experts), across(across),
-          unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
-
-    static __device__ int tall(int rows) { return (rows + ROWS * BLOCKS - 1) / (ROWS * BLOCKS); }
-
-    __device__ bool next(Tile& tile) {
-        if (unit >= before[experts]) return false;
-        while (unit >= before[expert + 1]) ++expert;
-        const int first = start_of(offsets, expert), end = offsets[expert];
-        const int group = (unit - before[expert]) / (GROUP * across), within = (unit - before[expert]) % (GROUP * across);
-        const int height = min(GROUP, tall(end - first) - group * GROUP);
-        const int row = ((group * GROUP + within % height) * BLOCKS + rank_in_cluster()) * ROWS;
-        tile = {expert, first + row, min(ROWS, end - first - row), within / height * COLUMNS};
-        unit += step;
-        return true;
-    }
-};
 
 // out (N, outside) = rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128.
 // Boxes: rows and w 128 by 64, or ACROSS w 64 by 64, out 64 by 64.
@@ -41,42 +11,21 @@ template <int ACROSS>
 __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& out_map,
                                const int* offsets, int experts, int inside, int outside, unsigned short* out) {
     const int across = (outside + COLUMNS - 1) / COLUMNS;
-    begin(offsets, experts, across, [](int, int rows) { return Tiles::tall(rows); });
+    begin(offsets, experts, [=](int, int rows) { return Tiles::tall(rows) * across; }, [](int, int) { return 0; });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Tiles tiles(offsets, experts, across);
-    Tile tile;
     if (half < 0) {
         fewer_registers<40>();
         if (threadIdx.x == 0) {
-            tensor_prefetch(rows_map);
-            tensor_prefetch(w_map);
-            for (int n = 0; tiles.next(tile);)
-                for (int k = 0; k < inside; k += DEPTH, ++n) {
-                    const Turn turn(n);
-                    const Address there = full(turn.stage), matrix = right(turn.stage);
-                    barrier_wait(empty(turn.stage), turn.parity ^ 1);
-                    barrier_expect(there, STAGE);
-                    tensor_load(rows_map, left(turn.stage), k, tile.start, there);
-                    for (int i = 0; i < (ACROSS ? 4 : 2); ++i)
-                        if (!loads(ACROSS ? i / 2 : i))
-                            continue;
-                        else if (ACROSS)
-                            tensor_load_all(w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * inside + k, there);
-                        else
-                            tensor_load_all(w_map, matrix + i * 2 * BOX, k, tile.expert * outside + tile.column + 128 * i,
-                                            there);
-                }
+            Loader<ACROSS> loader(rows_map, w_map, tiles, inside, outside);
+            while (loader.load([](const Tile&) {})) {}
         }
     } else {
         more_registers<232>();
+        Tile tile;
         for (int n = 0; tiles.next(tile);) {
             float acc[2][64];
-            for (int k = 0; k < inside / DEPTH; ++k, ++n) {
-                const Turn turn(n);
-                barrier_wait(full(turn.stage), turn.parity);
-                add_block<0, ACROSS>(acc, n, k, half);
-            }
-            finish_blocks(acc, n - 1);
+            multiply_tile<ACROSS>(acc, n, inside / DEPTH, half, [] {});
             store_half(acc, out_map, out, tile.start, tile.rows, tile.column, outside, half);
         }
     }
@@ -152,7 +101,8 @@ weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, lon
     const int outside = static_cast<int>(outside_), inside = static_cast<int>(inside_);
     const int high = outside / ROWS / BLOCKS, across = (inside + COLUMNS - 1) / COLUMNS;
     const Cuts cuts = {static_cast<int>(experts), static_cast<int>(target), static_cast<int>(last)};
-    begin(offsets, cuts.experts, high * across, [=](int e, int rows) { return cuts.parts(e, rows); });
+    begin(offsets, cuts.experts, [=](int e, int rows) { return cuts.parts(e, rows) * high * across; },
+          [=](int e, int rows) { return cuts.parts(e, rows) > 1 ? cuts.parts(e, rows) : 0; });
     const int half = static_cast<int>(threadIdx.x) / 128 - 1;
     Parts work(offsets, cuts.experts, high, across);
     Part part;

@@ -27,6 +27,14 @@ __device__ inline uint4 load_line(Address at) {
     return line;
 }
 
+// From global memory, of what is read no more.
+__device__ inline uint4 load_once(const void* from) {
+    uint4 line;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w) : "l"(__cvta_generic_to_global(from)));
+    return line;
+}
+
 __device__ inline void clear_line(Address at) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
 }
@@ -57,6 +65,11 @@ __device__ inline void barrier_arrive(Address barrier, int block) {
     // Released in this block's memory only: what was read is all that counts, and a fence for the cluster costs a
     // microsecond.
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(there) : "memory");
+}
+
+// Arrives at a barrier of this block.
+__device__ inline void barrier_arrive(Address barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 // Waits for the end of the phase of this parity; the phase before the first has parity 1 and has ended.
@@ -102,6 +115,11 @@ __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, 
 #else
     tensor_load(map, to, x, y, barrier);
 #endif
+}
+
+// Brings a box into the second-level cache.
+__device__ inline void tensor_fetch(const TensorMap& map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(&map), "r"(x), "r"(y) : "memory");
 }
 
 // A box from shared memory; rows and columns outside the tensor are not stored.

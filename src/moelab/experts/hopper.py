@@ -1,9 +1,10 @@
-"""Backend `hopper`: the products too in CUDA C++ (`hopper.cu`), for compute capability 9.0 and bf16.
+"""Backend `hopper`: the products too in CUDA C++, for compute capability 9.0 and bf16.
 
     x ──dispatch──▶ rows ──W_in──▶ z ──+ b_in, activation──▶ h ──W_out──▶ row outputs ──combine, + b_out, weights──▶ y
 
-Products run on warpgroup matrix units, with loads and stores by the tensor memory accelerator; the rest are the kernels
-of the backend `cuda`.
+Products run on warpgroup matrix units, with loads and stores by the tensor memory accelerator (`hopper.cu`), and the
+activation and its backward beside the products that they follow (`activated.cu`), but for swiglu, whose gate and value
+stand in different tiles. The rest are the kernels of the backend `cuda`.
 
 - What is kept for the backward pass is x, z (N·F) and the routing. Rows of x are gathered again, and h is computed
   again beside its gradient; the outputs of rows are never kept: ⟨dL/dh, h⟩ of a row is the gradient of its weight.
@@ -23,13 +24,14 @@ from moelab.config import Activation
 from moelab.experts import cuda as rows_backend
 from moelab.experts import nvrtc
 from moelab.experts.choice import Shape
-from moelab.experts.cuda import Routing, Rows
+from moelab.experts.cuda import Routing, Rows, address
 
 TRIAL = (128, 256)  # D and F of a self-check
 CASTS = True  # matrices come as they are, so that their gradients need not be rounded
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
-SHARED = 224 * 1024 + 8 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
+SHARED = 224 * 1024 + 12 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
+SWIGLU = "swiglu"  # has its activation in kernels of its own
 SUMMED = 256 * 4 * 2  # numbers of a weight gradient that a block of `sum_parts` adds parts of
 LOWEST = 1024  # rows of an expert, of which clusters take 256 at once: fewer would leave too many blocks without any
 DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
@@ -55,7 +57,7 @@ def identity(device: torch.device) -> tuple[str, ...]:
     from cuda.bindings import nvrtc as compiler
 
     versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], torch.__version__)
-    return (_source(1).text(), torch.cuda.get_device_name(device), repr(versions))
+    return (_source(1).text(), _activated(1, "gelu").text(), torch.cuda.get_device_name(device), repr(versions))
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
@@ -89,7 +91,7 @@ def expert_mlp(
     """See `moelab.expert_mlp`; the inputs are already checked, the weights fp32, the biases of x's dtype."""
     y: torch.Tensor = torch.ops.moelab.hopper_experts(
         _aligned(x_TD), weights_TK.contiguous(), indices_TK.long().contiguous(), _aligned(w_in), _aligned(w_out),
-        None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(), activation,
+        None if b_in is None else _aligned(b_in), None if b_out is None else b_out.contiguous(), activation,
     )[0]  # fmt: skip
     return y
 
@@ -102,7 +104,15 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _source(blocks: int) -> nvrtc.Source:
-    return nvrtc.Source("hopper.cu", headers=("ptx.cuh", "hopper.cuh", "tiles.cuh"), feature="a", blocks=blocks)
+    headers = ("ptx.cuh", "hopper.cuh", "tiles.cuh")
+    return nvrtc.Source("hopper.cu", ("STAGES", 4), headers=headers, feature="a", blocks=blocks)
+
+
+@functools.cache
+def _activated(blocks: int, activation: str) -> nvrtc.Source:
+    macros = ("STAGES", 3), ("ACTIVATION", rows_backend.ACTIVATIONS.index(activation))
+    headers = ("ptx.cuh", "curve.cuh", "hopper.cuh", "tiles.cuh")
+    return nvrtc.Source("activated.cu", *macros, headers=headers, feature="a", blocks=blocks)
 
 
 @functools.cache
@@ -111,7 +121,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class Products:
-    """The kernels of `hopper.cu` for one call: rows (N, …) sorted by expert, of which each has a matrix.
+    """The kernels of `hopper.cu` and `activated.cu` for one call: rows (N, …) sorted by expert, of which each has a matrix.
 
     Args:
         launch: on the device.
@@ -134,12 +144,51 @@ class Products:
         count, inside = rows.shape
         out = rows.new_empty(count, outside)
         if count > 0:
-            blocks = 2 if count >= LOWEST * len(self.offsets) else 1
-            maps = [self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), box)]
-            maps += [self.launch.map(out, 64)]
+            maps = self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), box), self.launch.map(out, 64)
             sizes = len(self.offsets), inside, outside
-            self._run(name, blocks, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
+            blocks = self._blocks(count)
+            self._run(_source(blocks), name, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
         return out
+
+    def up(
+        self, rows: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, activation: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows (N, I), w (E, O, I), bias (E, O) → z = rows · wᵀ and act(z + bias), (N, O) both."""
+        count, inside = rows.shape
+        z, h = (rows.new_empty(count, w.shape[1]) for _ in range(2))
+        if count > 0:
+            maps = self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), 128)
+            sizes = len(self.offsets), inside, w.shape[1]
+            self._run(
+                _activated(self._blocks(count), activation), "up", *maps, self.offsets.data_ptr(), *sizes,
+                address(bias), z.data_ptr(), h.data_ptr(),
+            )  # fmt: skip
+        return z, h
+
+    def slope(
+        self, d_rows: torch.Tensor, w: torch.Tensor, z: torch.Tensor, kernels: Rows, weights: torch.Tensor,
+        bias: torch.Tensor | None, activation: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """d_rows (N, I) without the weights (T, K), w (E, I, O), z (N, O) → gradients of z and h = act(z + bias), both
+        weighted (N, O); partial (N, strips), whose sums are ⟨d_h, h⟩; and the gradient of the bias, empty without."""
+        count, inside = d_rows.shape
+        outside = w.shape[2]
+        d_z, h = torch.empty_like(z), torch.empty_like(z)
+        partial = weights.new_empty(count, -(-outside // COLUMNS))
+        parts = count // ROWS + len(self.offsets)  # as many as there may be
+        sums = None if bias is None else weights.new_empty(parts, outside)
+        if count > 0:
+            maps = self.launch.map(d_rows, ROWS), self.launch.map(w.flatten(0, 1), 64), self.launch.map(z, 64)
+            sizes = len(self.offsets), inside, outside
+            self._run(
+                _activated(self._blocks(count), activation), "slope", *maps, self.offsets.data_ptr(), *sizes,
+                address(bias), z.data_ptr(), d_z.data_ptr(), h.data_ptr(), weights.data_ptr(), kernels.slot_of_row,
+                partial.data_ptr(), address(sums),
+            )  # fmt: skip
+        return d_z, h, partial, kernels.sum_of_parts(sums, ROWS, z)
+
+    def _blocks(self, count: int) -> int:
+        return 2 if count >= LOWEST * len(self.offsets) else 1
 
     def weight_gradient(self, d_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """d_y (N, O), x (N, I) → Σ over an expert's rows of d_y ⊗ x, (E, O, I) in fp32."""
@@ -153,7 +202,7 @@ class Products:
         parts = torch.empty(most, outside, inside, dtype=torch.float32, device=x.device)
         maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
         self._run(
-            "weight_gradient", blocks, *maps, self.offsets.data_ptr(), experts, outside, inside, target,
+            _source(blocks), "weight_gradient", *maps, self.offsets.data_ptr(), experts, outside, inside, target,
             last, dw.data_ptr(), parts.data_ptr(),
         )  # fmt: skip
         size = outside * inside
@@ -163,9 +212,10 @@ class Products:
         )  # fmt: skip
         return dw
 
-    def _run(self, name: str, blocks: int, *arguments: Any) -> None:
+    def _run(self, source: nvrtc.Source, name: str, *arguments: Any) -> None:
+        blocks = source.blocks or 1
         grid = (_multiprocessors(self.device) // blocks * blocks, 1)
-        self.launch(_source(blocks), name, grid, (THREADS, 1), *arguments, shared=SHARED)
+        self.launch(source, name, grid, (THREADS, 1), *arguments, shared=SHARED)
 
 
 @functools.cache
@@ -216,8 +266,12 @@ def hopper_experts(
         products = Products(launch, routing.offsets, x.device)
         kept = [x.new_empty(0) if w.dtype == x.dtype else w.to(x.dtype) for w in (w_in, w_out)]
         cast_in, cast_out = (w if len(c) == 0 else c for w, c in zip((w_in, w_out), kept, strict=True))
-        z = products.forward(kernels.dispatch(x), cast_in)
-        outputs = products.forward(kernels.activate(z, b_in, w_out.shape[2]), cast_out)
+        if activation == SWIGLU:
+            z = products.forward(kernels.dispatch(x), cast_in)
+            h = kernels.activate(z, b_in, w_out.shape[2])
+        else:
+            z, h = products.up(kernels.dispatch(x), cast_in, b_in, activation)
+        outputs = products.forward(h, cast_out)
         return kernels.combine(outputs, weights, b_out), z, *routing, kept[0], kept[1]
 
 
@@ -246,10 +300,15 @@ def hopper_experts_backward(
         kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
         products = Products(launch, offsets, dy.device)
         d_rows = kernels.dispatch(dy)
-        d_h = products.backward(d_rows, w_out)
-        d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dy, b_out)
+        if activation == SWIGLU:
+            d_h = products.backward(d_rows, w_out)
+            d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dy, b_out)
+            del d_h
+        else:
+            d_z, h, partial, d_b_in = products.slope(d_rows, w_out, z, kernels, weights, b_in, activation)
+            d_weights = kernels.slot_gradient(partial, weights, dy, b_out)
         d_w_out = products.weight_gradient(d_rows, h)
-        del d_rows, d_h, h
+        del d_rows, h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)
         d_w_in = products.weight_gradient(d_z, kernels.dispatch(x))
         d_x = kernels.combine(products.backward(d_z, w_in))

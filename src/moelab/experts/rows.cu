@@ -549,15 +549,15 @@ bias_parts(const Element* rows, const float* weights, const int* slot_of_row, co
     BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part, top_k, width);
 }
 
-// sums (parts, C) → out (E, C), over the parts of an expert in their order. Grid: (C / (32 · WARPS), E).
+// sums (parts, C) → out (E, C), over the parts of an expert, of `tall` rows each, in their order. Grid: (C / (32 · WARPS), E).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-bias_gradient(const float* sums, const int* offsets, Element* out, Index width) {
+bias_gradient(const float* sums, const int* offsets, Element* out, Index tall, Index width) {
     const Index at = warp_of_grid() * 32 + threadIdx.x;
     if (at >= width) return;
     Index first = 0, parts = 0;
     for (int e = 0; e <= static_cast<int>(blockIdx.y); ++e) {
         first += parts;
-        parts = (offsets[e] - (e ? offsets[e - 1] : 0) + TALL - 1) / TALL;
+        parts = (offsets[e] - (e ? offsets[e - 1] : 0) + tall - 1) / tall;
     }
     float sum[1] = {};
     for (Index part = first; part < first + parts; ++part) sum[0] += sums[part * width + at];

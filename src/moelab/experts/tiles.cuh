@@ -1,17 +1,20 @@
-// What the products of hopper.cu are made of: stages of shared memory that are loaded, multiplied and handed back, and
-// tiles of results. It stands after hopper.cuh.
+// What the products of hopper.cu and activated.cu are made of: stages of shared memory that are loaded, multiplied and
+// handed back, and tiles of results. It stands after hopper.cuh.
+//
+// Compiled with BLOCKS, those of a cluster, and STAGES. Two warpgroups multiply, each 64 rows of a tile of 128 by 256. A
+// cluster of two blocks has the same columns and rows below each other: each loads half of the columns for both.
 
 constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64;  // of a tile, and of the summed dimension at once
 constexpr int BOX = 64 * 128;                         // bytes of 64 rows of 64 numbers
 constexpr int CHUNK = 2 * BOX;                        // of a result's 64 rows and 128 columns in bf16
-constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX, STAGES = 4;
-constexpr int STAGING = STAGES * STAGE;       // a chunk of each multiplying warpgroup
-constexpr int BARRIERS = STAGING + 2 * CHUNK;
-constexpr int TABLES = BARRIERS + 2 * STAGES * 8;
+constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX;
+constexpr int STAGING = STAGES * STAGE, BARRIERS = 224 * 1024;  // between them results stand
+constexpr int TABLES = BARRIERS + (2 * STAGES + 4) * 8;
 constexpr int MOST_EXPERTS = 128;
 constexpr int GROUP = 8;  // tiles of rows that go down a column of tiles before the next column
 
 static_assert(BLOCKS == 1 || BLOCKS == 2, "each block loads half of the columns, or all");
+static_assert(STAGING + 2 * CHUNK <= BARRIERS, "a chunk of each multiplying warpgroup");
 
 // Whether this block loads this half of a tile's columns, which its cluster shares.
 __device__ inline bool loads(int half) { return BLOCKS == 1 || half == rank_in_cluster(); }
@@ -40,22 +43,23 @@ __device__ inline void create_barriers() {
 
 __device__ inline int start_of(const int* offsets, int expert) { return expert ? offsets[expert - 1] : 0; }
 
-// table(0)[e]: units of work before expert e's, `each` a part of its rows, and table(1)[e]: parts before its own of experts
-// with several. count(e, rows): parts. All threads of the block come here.
-template <class Count> __device__ inline void count_work(const int* offsets, int experts, int each, Count count) {
+// table(0)[e]: units of work before expert e's, and table(1)[e]: what else is counted before it. units(e, rows) and
+// others(e, rows) say how many are e's. All threads of the block come here.
+template <class Units, class Others>
+__device__ inline void count_work(const int* offsets, int experts, Units units, Others others) {
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-        const int parts = count(e, offsets[e] - start_of(offsets, e));
-        table(0)[e] = parts * each;
-        table(1)[e] = parts > 1 ? parts : 0;
+        const int rows = offsets[e] - start_of(offsets, e);
+        table(0)[e] = units(e, rows);
+        table(1)[e] = others(e, rows);
     }
     __syncthreads();
     if (threadIdx.x < 2) {
         int* counts = table(threadIdx.x);
         int before = 0;
         for (int e = 0; e < experts; ++e) {
-            const int parts = counts[e];
+            const int own = counts[e];
             counts[e] = before;
-            before += parts;
+            before += own;
         }
         counts[experts] = before;
     }
@@ -63,9 +67,10 @@ template <class Count> __device__ inline void count_work(const int* offsets, int
 }
 
 // Starts: barriers, tables, and no block of the cluster before the others.
-template <class Count> __device__ inline void begin(const int* offsets, int experts, int each, Count count) {
+template <class Units, class Others>
+__device__ inline void begin(const int* offsets, int experts, Units units, Others others) {
     create_barriers();
-    count_work(offsets, experts, each, count);
+    count_work(offsets, experts, units, others);
     cluster_arrive();
     cluster_wait();
 }
@@ -108,6 +113,90 @@ __device__ inline void finish_blocks(float (&acc)[2][64], int n) {
     hold(acc[0]);
     hold(acc[1]);
     release(Turn(n).stage);
+}
+
+// Products of rows
+
+struct Tile {
+    int expert, number, start, rows, column;  // number: of rows of its expert; without rows where those end before it
+};
+
+// Walks the tiles of this block, which are one below the other in a cluster, in the same order in every thread.
+struct Tiles {
+    const int *offsets, *before;
+    int experts, across, unit, step, expert = 0;
+
+    // across: tiles beside each other.
+    __device__ Tiles(const int* offsets, int experts, int across)
+        : offsets(offsets), before(table(0)), experts(experts), across(across),
+          unit(static_cast<int>(blockIdx.x) / BLOCKS), step(static_cast<int>(gridDim.x) / BLOCKS) {}
+
+    static __device__ int tall(int rows) { return (rows + ROWS * BLOCKS - 1) / (ROWS * BLOCKS); }
+
+    __device__ bool next(Tile& tile) {
+        if (unit >= before[experts]) return false;
+        while (unit >= before[expert + 1]) ++expert;
+        const int first = start_of(offsets, expert), end = offsets[expert];
+        const int group = (unit - before[expert]) / (GROUP * across), within = (unit - before[expert]) % (GROUP * across);
+        const int height = min(GROUP, tall(end - first) - group * GROUP);
+        const int row = ((group * GROUP + within % height) * BLOCKS + rank_in_cluster()) * ROWS;
+        tile = {expert, row / ROWS, first + row, min(ROWS, end - first - row), within / height * COLUMNS};
+        unit += step;
+        return true;
+    }
+};
+
+// Loads what the tiles multiply, block by block of the summed dimension: rows (N, inside) and w[e] (outside, inside), or
+// ACROSS (inside, outside). Boxes: rows and w 128 by 64, or ACROSS w 64 by 64. One thread's work.
+template <int ACROSS> struct Loader {
+    const TensorMap &rows_map, &w_map;
+    Tiles tiles;
+    int inside, outside, k, n = 0;
+    Tile tile;
+
+    __device__ Loader(const TensorMap& rows_map, const TensorMap& w_map, const Tiles& tiles, int inside, int outside)
+        : rows_map(rows_map), w_map(w_map), tiles(tiles), inside(inside), outside(outside), k(inside) {
+        tensor_prefetch(rows_map);
+        tensor_prefetch(w_map);
+    }
+
+    // Loads the next block, as soon as there is a stage for it; false if there is none. start(tile): a tile begins.
+    template <class Start> __device__ bool load(Start start) {
+        if (k == inside) {
+            if (!tiles.next(tile)) return false;
+            k = 0;
+            start(tile);
+        }
+        const Turn turn(n);
+        const Address there = full(turn.stage), matrix = right(turn.stage);
+        barrier_wait(empty(turn.stage), turn.parity ^ 1);
+        barrier_expect(there, STAGE);
+        tensor_load(rows_map, left(turn.stage), k, tile.start, there);
+        for (int i = 0; i < (ACROSS ? 4 : 2); ++i)
+            if (!loads(ACROSS ? i / 2 : i))
+                continue;
+            else if (ACROSS)
+                tensor_load_all(w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * inside + k, there);
+            else
+                tensor_load_all(w_map, matrix + i * 2 * BOX, k, tile.expert * outside + tile.column + 128 * i, there);
+        k += DEPTH;
+        ++n;
+        return true;
+    }
+};
+
+// acc = the warpgroup's half of a tile, whose blocks of the summed dimension are the n-th of all and those after it.
+// released(): a block has been handed back.
+template <int ACROSS, class Released>
+__device__ inline void multiply_tile(float (&acc)[2][64], int& n, int blocks, int half, Released released) {
+    for (int k = 0; k < blocks; ++k, ++n) {
+        const Turn turn(n);
+        barrier_wait(full(turn.stage), turn.parity);
+        add_block<0, ACROSS>(acc, n, k, half);
+        if (k > 0) released();
+    }
+    finish_blocks(acc, n - 1);
+    released();
 }
 
 // Half of a warpgroup's columns, rounded, into shared memory, as the tensor memory accelerator has it.
