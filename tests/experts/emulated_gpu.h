@@ -127,6 +127,7 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float power_of_2(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float at_least_0(float x) { return x < 0 ? 0.0f : 1.0f; }
 inline float from_half(unsigned short bits) {
     _Float16 value;
     std::memcpy(&value, &bits, 2);

@@ -26,6 +26,7 @@ inline Address shared_base() { return 0; }
 inline unsigned char* memory_of(Block& block, Address at) { return reinterpret_cast<unsigned char*>(block.memory.data()) + at; }
 inline uint4 load_line(Address at) { return *reinterpret_cast<uint4*>(memory_of(my_block(), at)); }
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+inline void store_once(void* to, const uint4& line) { store_line(to, line); }
 inline void clear_line(Address at) { std::memset(memory_of(my_block(), at), 0, 16); }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int rank_in_cluster() { return blockIdx.x % BLOCKS; }

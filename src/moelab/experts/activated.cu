@@ -44,47 +44,70 @@ struct Given {
     float *partial, *sums;
 };
 
-// What a warp knows of the rows of a tile that it activates: row 4·i + warp of the tile is its i-th.
+// What a thread knows of a tile before it is handed over. Of its rows a warp has every WARPS-th, a lane 8 columns of each.
 template <int SLOPE> struct Rows {
-    const Given& given;
-    const Tile& tile;
-    const int warp, lane, column;
-    const bool inside;
-    Values bias = {}, sum = {};
-    float weight = 0.0f;  // of the lane-th row
+    Tile tile;
+    int column;
+    bool inside;
+    uint4 bias;
+    int slot;            // of the lane-th row of the warp's
+    float weight;        // its weight
+    uint4 z[AT_ONCE];    // of the first rows
 
-    __device__ Rows(const Given& given, const Tile& tile)
-        : given(given), tile(tile), warp(threadIdx.x % 128 / 32), lane(threadIdx.x % 32), column(tile.column + 8 * lane),
-          inside(column < given.outside) {
+    __device__ long long place(const Given& given, int i) const {
+        return (tile.start + WARPS * i + threadIdx.x % 128 / 32) * static_cast<long long>(given.outside) + column;
+    }
+
+    __device__ void begin(const Given& given, const Tile& next) {
+        tile = next;
+        column = tile.column + 8 * (threadIdx.x % 32);
+        inside = column < given.outside;
+        bias = make_uint4(0, 0, 0, 0);
         if (given.bias && inside)
-            widen(*reinterpret_cast<const uint4*>(given.bias + tile.expert * static_cast<long long>(given.outside) + column), bias);
-        if (SLOPE && WARPS * lane + warp < tile.rows)
-            weight = given.weights[given.slot_of_row[tile.start + WARPS * lane + warp]];
+            bias = load_once(given.bias + tile.expert * static_cast<long long>(given.outside) + column);
+        if (!SLOPE) return;
+        const int row = WARPS * (threadIdx.x % 32) + threadIdx.x % 128 / 32;
+        slot = row < tile.rows ? given.slot_of_row[tile.start + row] : -1;
+        if (WARPS * (AT_ONCE - 1) + threadIdx.x % 128 / 32 < tile.rows) fetch(given, 0, z);
     }
 
-    __device__ long long place(int row) const { return (tile.start + row) * static_cast<long long>(given.outside) + column; }
+    // Later, since it waits for the slot.
+    __device__ void find_weight(const Given& given) {
+        if (SLOPE) weight = slot < 0 ? 0.0f : given.weights[slot];
+    }
 
-    // z of COUNT rows from the i-th on.
-    template <int COUNT> __device__ void fetch(int i, uint4 (&z)[COUNT]) const {
+    // z of AT_ONCE rows from the i-th on.
+    __device__ void fetch(const Given& given, int i, uint4 (&lines)[AT_ONCE]) const {
+        const Number* from = given.z + place(given, i);
 #pragma unroll
-        for (int j = 0; j < COUNT; ++j)
-            if (inside) z[j] = load_once(given.z + place(WARPS * (i + j) + warp));
+        for (int j = 0; j < AT_ONCE; ++j, from += WARPS * static_cast<long long>(given.outside))
+            if (inside) lines[j] = load_once(from);
     }
+};
 
-    // COUNT rows from the i-th on.
+template <int SLOPE> struct Activation {
+    const Given& given;
+    const Rows<SLOPE>& rows;
+    Values bias, sum = {};
+
+    __device__ Activation(const Given& given, const Rows<SLOPE>& rows) : given(given), rows(rows) { widen(rows.bias, bias); }
+
+    // COUNT of the warp's rows from the i-th on, all of which are there.
     template <int COUNT> __device__ void activate(int i, const uint4 (&z)[COUNT]) {
-        float product[COUNT] = {};
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        const long long at = rows.place(given, i), step = WARPS * static_cast<long long>(given.outside);
+        Number *to = (SLOPE ? given.d_z : given.z) + at, *to_h = given.h + at;
         uint4 line[COUNT];
+        float product[COUNT] = {};
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) {
             const int row = WARPS * (i + j) + warp;
             line[j] = load_line(result(row / 64) + lane / 8 * BOX + row % 64 * 128 + ((lane % 8 ^ row % 8) << 4));
         }
 #pragma unroll
-        for (int j = 0; j < COUNT; ++j) {
-            const long long at = place(WARPS * (i + j) + warp);
-            const float of_row = SLOPE ? __shfl_sync(ALL, weight, i + j) : 1.0f;
-            if (!inside) continue;
+        for (int j = 0; j < COUNT; ++j, to += step, to_h += step) {
+            const float weight = SLOPE ? __shfl_sync(ALL, rows.weight, i + j) : 1.0f;
+            if (!rows.inside) continue;
             Values x, y;
             widen(line[j], x);
             if (SLOPE) {
@@ -93,75 +116,55 @@ template <int SLOPE> struct Rows {
                 for (int k = 0; k < 8; ++k) {
                     const Curve at_z = curve(y[k] + bias[k]);
                     product[j] += x[k] * at_z.height;
-                    x[k] *= of_row * at_z.slope;
-                    y[k] = of_row * at_z.height;
+                    x[k] *= weight * at_z.slope;
+                    y[k] = weight * at_z.height;
                     sum[k] += x[k];
                 }
-                store_line(given.d_z + at, narrow(x));
+                store_once(to, narrow(x));
             } else {
 #pragma unroll
                 for (int k = 0; k < 8; ++k) y[k] = curve(x[k] + bias[k]).height;
-                store_line(given.z + at, line[j]);
+                store_once(to, line[j]);
             }
-            store_line(given.h + at, narrow(y));
+            store_once(to_h, narrow(y));
         }
         if (SLOPE) store_products(i, product);
     }
 
     // Each row's sum over the lanes, to partial (N, tiles across).
-    __device__ void store_products(int i, float (&product)[AT_ONCE]) const {
-        const bool high = lane & 16, middle = lane & 8;
+    __device__ void store_products(int i, const float (&product)[AT_ONCE]) const {
+        const bool high = threadIdx.x & 16, middle = threadIdx.x & 8;
         float pair[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j)  // of row j + 2 in the upper half of the warp
             pair[j] = (high ? product[j + 2] : product[j]) + __shfl_xor_sync(ALL, high ? product[j] : product[j + 2], 16);
         float own = (middle ? pair[1] : pair[0]) + __shfl_xor_sync(ALL, middle ? pair[0] : pair[1], 8);
         for (int step = 4; step > 0; step /= 2) own += __shfl_xor_sync(ALL, own, step);
-        if (lane % 8 == 0) store_product(i + 2 * high + middle, own);
+        if (threadIdx.x % 8 == 0) store_product(i + 2 * high + middle, own);
     }
-    __device__ void store_products(int i, float (&product)[1]) const {
-        for (int step = 16; step > 0; step /= 2) product[0] += __shfl_xor_sync(ALL, product[0], step);
-        if (lane == 0) store_product(i, product[0]);
+    __device__ void store_products(int i, const float (&product)[1]) const {
+        float own = product[0];
+        for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(ALL, own, step);
+        if (threadIdx.x % 32 == 0) store_product(i, own);
     }
     __device__ void store_product(int i, float product) const {
         const int across = (given.outside + COLUMNS - 1) / COLUMNS;
-        given.partial[(tile.start + WARPS * i + warp) * static_cast<long long>(across) + tile.column / COLUMNS] = product;
-    }
-
-    // All of a tile's rows, as its halves are handed over; `number`: of the block's tiles.
-    __device__ void activate_all(int number) {
-        const int most = max(0, (tile.rows - warp + WARPS - 1) / WARPS);  // rows of this warp
-        uint4 z[AT_ONCE], one[1];
-        if (SLOPE && most >= AT_ONCE) fetch(0, z);
-        for (int half = 0; half < 2; ++half) {
-            const int end = min(most, 16 * (half + 1));
-            barrier_wait(handed_over(half), number % 2);
-            int i = 16 * half;
-            for (; i + AT_ONCE <= end; i += AT_ONCE) {
-                uint4 now[AT_ONCE];
-                for (int j = 0; j < AT_ONCE; ++j) now[j] = z[j];
-                if (SLOPE && i + 2 * AT_ONCE <= most) fetch(i + AT_ONCE, z);
-                activate(i, now);
-            }
-            for (; i < end; ++i) {
-                if (SLOPE) fetch(i, one);
-                activate(i, one);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(taken(half));
-        }
+        const long long row = rows.tile.start + WARPS * i + threadIdx.x % 128 / 32;
+        given.partial[row * across + rows.tile.column / COLUMNS] = product;
     }
 
     // Sums of the columns over the tile's rows, in the order of the warps, to a row of sums (parts, outside).
-    __device__ void store_sums(float* of_warps, long long part) const {
+    __device__ void store_sums() const {
+        float* of_warps = reinterpret_cast<float*>(dynamic + SUMS);
+        const long long part = table(1)[rows.tile.expert] + rows.tile.number;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) of_warps[warp * COLUMNS + 8 * lane + k] = sum[k];
+        for (int k = 0; k < 8; ++k) of_warps[threadIdx.x % 128 * 8 + k] = sum[k];
         warpgroup_barrier();
         for (int at = threadIdx.x % 128; at < COLUMNS; at += 128) {
             float total = 0.0f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) total += of_warps[w * COLUMNS + at];
-            if (tile.column + at < given.outside) given.sums[part * given.outside + tile.column + at] = total;
+            if (rows.tile.column + at < given.outside) given.sums[part * given.outside + rows.tile.column + at] = total;
         }
         warpgroup_barrier();
     }
@@ -169,11 +172,39 @@ template <int SLOPE> struct Rows {
 
 template <int SLOPE> __device__ inline void activate_tiles(const Given& given, Tiles tiles) {
     Tile tile;
-    for (int number = 0; tiles.next(tile); ++number) {
-        Rows<SLOPE> rows(given, tile);
-        rows.activate_all(number);
-        if (SLOPE && given.sums && tile.rows > 0)
-            rows.store_sums(reinterpret_cast<float*>(dynamic + SUMS), table(1)[tile.expert] + tile.number);
+    Rows<SLOPE> coming;
+    bool more = tiles.next(tile);
+    if (more) {
+        coming.begin(given, tile);
+        coming.find_weight(given);
+    }
+    for (int number = 0; more; ++number) {
+        const Rows<SLOPE> rows = coming;
+        uint4 z[AT_ONCE], one[1];
+        for (int j = 0; j < AT_ONCE; ++j) z[j] = rows.z[j];
+        more = tiles.next(tile);
+        if (more) coming.begin(given, tile);
+        Activation<SLOPE> activation(given, rows);
+        const int most = max(0, (rows.tile.rows - static_cast<int>(threadIdx.x) % 128 / 32 + WARPS - 1) / WARPS);  // of this warp
+        for (int half = 0; half < 2; ++half) {
+            const int end = min(most, 16 * (half + 1));
+            barrier_wait(handed_over(half), number % 2);
+            int i = 16 * half;
+            for (; i + AT_ONCE <= end; i += AT_ONCE) {
+                uint4 now[AT_ONCE];
+                for (int j = 0; j < AT_ONCE; ++j) now[j] = z[j];
+                if (SLOPE && i + 2 * AT_ONCE <= most) rows.fetch(given, i + AT_ONCE, z);
+                activation.activate(i, now);
+            }
+            for (; i < end; ++i) {
+                if (SLOPE && rows.inside) one[0] = load_once(given.z + rows.place(given, i));
+                activation.activate(i, one);
+            }
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(taken(half));
+            if (half == 0 && more) coming.find_weight(given);
+        }
+        if (SLOPE && given.sums && rows.tile.rows > 0) activation.store_sums();
     }
 }
 

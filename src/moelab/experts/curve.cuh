@@ -33,7 +33,7 @@ __device__ inline Curve curve(float x) {
     p = p * m - 1.1505370f;
     const float tail = power_of_2(p * m - 1.0000669f);
     const float density = power_of_2(-0.5f * LOG2E * x * x - 1.3257481f);
-    return {fmaxf(x, 0.0f) - m * tail, (x < 0.0f ? tail : 1.0f - tail) + x * density};
+    return {fmaxf(x, 0.0f) - m * tail, fabsf(at_least_0(x) - tail) + x * density};
 #elif ACTIVATION == GELU_TANH
     const float s = reciprocal(1.0f + power_of_2(-1.5957691f * LOG2E * (x + 0.044715f * x * x * x)));
     return {x * s, s + x * s * (1.0f - s) * 1.5957691f * (1.0f + 0.134145f * x * x)};

@@ -27,12 +27,22 @@ __device__ inline uint4 load_line(Address at) {
     return line;
 }
 
-// From global memory, of what is read no more.
+// How long the second-level cache keeps what is read and written: CUTLASS's constants for createpolicy.fractional.
+constexpr unsigned long long KEPT = 0x14f0000000000000ull, PASSING = 0x12f0000000000000ull;
+
+// From and to global memory, of what passes once.
 __device__ inline uint4 load_once(const void* from) {
     uint4 line;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w) : "l"(__cvta_generic_to_global(from)));
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
+                 : "l"(__cvta_generic_to_global(from)), "l"(PASSING));
     return line;
+}
+
+__device__ inline void store_once(void* to, const uint4& line) {
+    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
+                 :: "l"(__cvta_generic_to_global(to)), "r"(line.x), "r"(line.y), "r"(line.z), "r"(line.w), "l"(PASSING)
+                 : "memory");
 }
 
 __device__ inline void clear_line(Address at) {
@@ -100,17 +110,18 @@ __device__ inline void before_async() { asm volatile("fence.proxy.async.shared::
 
 __device__ inline void tensor_load(const TensorMap& map, Address to, int x, int y, Address barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5;"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(KEPT) : "memory");
 }
 
 // To the same address in every block of the cluster, each of whose barriers hears of it.
 __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, int y, Address barrier) {
 #if BLOCKS > 1
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;"
-        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1))
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5, %6;"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1)), "l"(KEPT)
         : "memory");
 #else
     tensor_load(map, to, x, y, barrier);
@@ -119,13 +130,14 @@ __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, 
 
 // Brings a box into the second-level cache.
 __device__ inline void tensor_fetch(const TensorMap& map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(&map), "r"(x), "r"(y) : "memory");
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;"
+                 :: "l"(&map), "r"(x), "r"(y), "l"(PASSING) : "memory");
 }
 
 // A box from shared memory; rows and columns outside the tensor are not stored.
 __device__ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
-                 :: "l"(&map), "r"(x), "r"(y), "r"(from) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
+                 :: "l"(&map), "r"(x), "r"(y), "r"(from), "l"(PASSING) : "memory");
 }
 
 // Ends a group of this thread's stores; and waits until all groups have read what they store.

@@ -19,6 +19,13 @@ __device__ inline float reciprocal(float x) {
     return y;
 }
 
+// 1 where x ≥ 0, or is NaN; else 0.
+__device__ inline float at_least_0(float x) {
+    float y;
+    asm("set.geu.f32.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ inline float from_half(unsigned short bits) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
