@@ -32,6 +32,15 @@ def test_the_products_compile(blocks: int) -> None:
         assert b".text." + name in code
 
 
+@needs_nvrtc
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2", "silu"])
+def test_the_products_with_an_activation_compile(blocks: int, activation: str) -> None:
+    code = hopper._activated(blocks, activation).compile("sm_90")
+    for name in (b"up", b"slope"):
+        assert b".text." + name in code
+
+
 def test_the_shared_memory_is_what_the_source_lays_out_and_a_multiprocessor_has() -> None:
     source = (nvrtc.FOLDER / "tiles.cuh").read_text()
     named = dict(re.findall(r"\b(ROWS|COLUMNS|MOST_EXPERTS) = (\d+)", source))
@@ -156,14 +165,14 @@ def test_there_is_room_for_every_part_of_a_weight_gradient_that_is_cut(
     if sum(sizes) == 0:
         return
     target, last, room = hopper._cuts(sum(sizes), len(sizes), tiles, clusters)
-    assert target % 64 == last % 64 == 0
+    assert target % hopper.DEPTH == last % hopper.DEPTH == 0
     taken = 0
     for e, rows in enumerate(sizes):
         whole = rows < target + target // 2
         least = last if e == len(sizes) - 1 and whole else target
         parts = max(1, (rows + least // 2) // least) if whole and least == last else (rows + target // 2) // target
         parts = 1 if whole and least == target else parts
-        assert parts <= max(1, -(-rows // 64))  # none is empty
+        assert parts <= max(1, -(-rows // hopper.DEPTH))  # none is empty
         taken += parts if parts > 1 else 0
     assert taken <= room
 

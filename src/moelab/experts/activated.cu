@@ -5,8 +5,9 @@
 // hand it their half of a tile through shared memory, rounded, and go on with the next tile. So what an activation costs, in
 // instructions and in memory, runs beside the tensor cores. A warp has a row at a time, a lane the same 8 columns of each.
 //
-// Compiled with BLOCKS, those of a cluster, with 3 STAGES, and with ACTIVATION (curve.cuh), any but SWIGLU.
+// Compiled with BLOCKS, those of a cluster, with 6 STAGES, and with ACTIVATION (curve.cuh), any but SWIGLU.
 
+constexpr int LAG = 1;                           // stages that are handed back before the first of them is loaded again
 constexpr int RESULT = 2 * CHUNK;                // bytes of a multiplying warpgroup's half of a tile
 constexpr int SUMS = STAGING + 2 * RESULT;       // of columns, of each warp that activates
 constexpr int WARPS = 4, AT_ONCE = 4;            // that activate, and rows that each has at once
@@ -229,7 +230,7 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
                 });
             __syncwarp();
         };
-        for (int stage = 0; stage < STAGES; ++stage) load();
+        for (int stage = 0; stage < STAGES - LAG; ++stage) load();
         Tile tile;
         for (int n = 0, number = 0; tiles.next(tile); ++number) {
             float acc[2][64];
@@ -247,7 +248,7 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
 }
 
 // z (N, outside) = rows (N, inside) · w[e]ᵀ, w[e] (outside, inside); h (N, outside) = act(z + bias). inside is a multiple of
-// 64, outside of 128. Boxes: 128 by 64.
+// 64, outside of 128. Boxes: 128 by DEPTH.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside, const Number* bias,
    Number* z, Number* h) {
@@ -258,7 +259,8 @@ up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long ins
 // d_h (N, outside) = d_rows (N, inside) · w[e], w[e] (inside, outside), is of rows without their weights (T, K), and is not
 // stored. d_z (N, outside) = weight · d_h · act'(z + bias), h = weight · act(z + bias), and of ⟨d_h, act(z + bias)⟩ the part of
 // each tile across, partial (N, tiles); and where sums is not 0, those of the rows of d_z of each 128 of an expert's rows,
-// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by 64, w and z 64 by 64.
+// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by DEPTH, w
+// DEPTH by 64, z 64 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 slope(MAP rows_map, MAP w_map, MAP z_map, const int* offsets, long long experts, long long inside, long long outside,
       const Number* bias, const Number* z, Number* d_z, Number* h, const float* weights, const int* slot_of_row,

@@ -1,5 +1,5 @@
 // What a Hopper GPU has beyond the language (PTX ISA 8.0, target sm_90a): barriers in shared memory that count bytes,
-// the tensor memory accelerator, and products by a warpgroup. It stands after ptx.cuh and before hopper.cu.
+// the tensor memory accelerator, and products by a warpgroup. It stands after ptx.cuh and before tiles.cuh.
 
 // A tensor and the box of it that is moved at once, as the driver encodes it.
 struct alignas(64) TensorMap {
@@ -8,6 +8,8 @@ struct alignas(64) TensorMap {
 #define MAP const __grid_constant__ TensorMap
 
 typedef unsigned Address;  // in shared memory, of this block
+
+constexpr int DEPTH = 32;  // of the summed dimension that is loaded and multiplied at once, 64 or 32
 
 extern __shared__ __align__(1024) unsigned char dynamic[];
 
@@ -106,7 +108,7 @@ __device__ inline void consumers_barrier() { asm volatile("bar.sync 6, 256;" :::
 __device__ inline void before_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The tensor memory accelerator. A box comes as rows of 128 bytes, in which the 16-byte line l of row r stands at line
-// l ^ (r % 8); `to` is a multiple of 1,024. What is outside the tensor is 0.
+// l ^ (r % 8), or of 64 bytes, where it is l ^ (r / 2 % 4); `to` is a multiple of 1,024. What is outside the tensor is 0.
 
 __device__ inline void tensor_load(const TensorMap& map, Address to, int x, int y, Address barrier) {
     asm volatile(
@@ -156,13 +158,15 @@ template <int COUNT> __device__ inline void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
 
-// Products by a warpgroup of boxes as the tensor memory accelerator leaves them. A descriptor says where an operand
-// stands (PTX ISA, "Shared memory matrix layout"). With its rows along the summed dimension (64 of it a row), groups of
-// 8 rows are 1,024 bytes apart. ACROSS, its rows along the other one, groups of 8 of the summed dimension are 1,024
-// bytes apart, and groups of 64 of the other one `far`.
-__device__ inline unsigned long long descriptor(Address at, int far) {
-    return 1ull << 62 | 1024ull >> 4 << 32 | static_cast<unsigned long long>(far >> 4) << 16 | (at & 0x3ffff) >> 4;
+// Products by a warpgroup of boxes as the tensor memory accelerator leaves them, of DEPTH numbers of the summed dimension. A
+// descriptor says where an operand stands (PTX ISA, "Shared memory matrix layout"); this is its lower word, and UPPER the
+// other. With its rows along the summed dimension, swizzled by their length, groups of 8 rows follow each other. ACROSS, its
+// rows along the other one, 64 numbers a row, groups of 8 of the summed dimension are 1,024 bytes apart, and groups of 64 of
+// the other one `far`. Bytes further on are a sixteenth of them more in it.
+__device__ inline unsigned descriptor(Address at, int far) {
+    return (at & 0x3ffff) >> 4 | static_cast<unsigned>(far >> 4) << 16;  // in a cluster addresses say whose they are
 }
+template <int ACROSS> constexpr unsigned UPPER = ACROSS || DEPTH == 64 ? 1u << 30 | 1024 >> 4 : 2u << 30 | 512 >> 4;
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -174,11 +178,14 @@ template <int LEFT> __device__ inline void products_wait() {
 // 16·(t / 32) + t % 32 / 4, and of the row 8 below, columns 8·i + 2·(t % 4) and the next, for i < 16: d[…][4·i] and
 // d[…][4·i + 1], and d[…][4·i + 2] and d[…][4·i + 3].
 template <int A_ACROSS, int B_ACROSS>
-__device__ inline void multiply(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
+__device__ inline void multiply(float (&d)[2][64], unsigned a, unsigned b, int add) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
+        ".reg .b64 a, b;\n"
         "setp.ne.b32 add, %130, 0;\n"
+        "mov.b64 a, {%128, %133};\n"
+        "mov.b64 b, {%129, %134};\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -188,7 +195,7 @@ __device__ inline void multiply(float (&d)[2][64], unsigned long long a, unsigne
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "%128, %129, add, 1, 1, %131, %132;\n"
+        "a, b, add, 1, 1, %131, %132;\n"
         "}"
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]), "+f"(d[0][7]),
           "+f"(d[0][8]), "+f"(d[0][9]), "+f"(d[0][10]), "+f"(d[0][11]), "+f"(d[0][12]), "+f"(d[0][13]), "+f"(d[0][14]), "+f"(d[0][15]),
@@ -206,7 +213,7 @@ __device__ inline void multiply(float (&d)[2][64], unsigned long long a, unsigne
           "+f"(d[1][40]), "+f"(d[1][41]), "+f"(d[1][42]), "+f"(d[1][43]), "+f"(d[1][44]), "+f"(d[1][45]), "+f"(d[1][46]), "+f"(d[1][47]),
           "+f"(d[1][48]), "+f"(d[1][49]), "+f"(d[1][50]), "+f"(d[1][51]), "+f"(d[1][52]), "+f"(d[1][53]), "+f"(d[1][54]), "+f"(d[1][55]),
           "+f"(d[1][56]), "+f"(d[1][57]), "+f"(d[1][58]), "+f"(d[1][59]), "+f"(d[1][60]), "+f"(d[1][61]), "+f"(d[1][62]), "+f"(d[1][63])
-        : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
+        : "r"(a), "r"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS), "n"(UPPER<A_ACROSS>), "n"(UPPER<B_ACROSS>));
 }
 
 // The compiler is not to move what is held here before or after this.
