@@ -22,8 +22,8 @@ using std::min;
 
 constexpr unsigned ALL = 0xffffffffu;
 
-struct Triple {
-    int x, y, z;
+struct Triple {  // unsigned, as the GPU's
+    unsigned x, y, z;
 };
 struct uint4 {
     unsigned x, y, z, w;

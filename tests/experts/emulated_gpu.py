@@ -19,12 +19,9 @@ EMULATED = {"ptx.cuh": HERE / "emulated_gpu.h", "hopper.cuh": HERE / "emulated_h
 
 
 class Map(ctypes.Structure):
-    """What emulated_hopper.h takes for a `TensorMap`: a tensor and boxes of it."""
+    """What emulated_hopper.h takes for a `TensorMap`: a tensor (rows, columns) and boxes of some rows."""
 
-    _fields_ = [
-        ("base", ctypes.c_longlong), ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("box_rows", ctypes.c_int),
-        ("box_columns", ctypes.c_int),
-    ]  # fmt: skip
+    _fields_ = [("base", ctypes.c_longlong), ("columns", ctypes.c_int), ("rows", ctypes.c_int), ("box", ctypes.c_int)]
 
 
 def _number(argument: int | Map) -> int:
@@ -59,9 +56,9 @@ class EmulatedLaunch:
         stuck = library.run(getattr(library, name), two(*grid), two(*block), together, shared, given)
         assert not stuck, f"{name}: threads wait at a barrier that others never reach"
 
-    def map(self, t: torch.Tensor, rows: int, columns: int = 64) -> Map:
+    def map(self, t: torch.Tensor, rows: int) -> Map:
         """For `nvrtc.Launch.map`."""
-        return Map(t.data_ptr(), t.shape[1], t.shape[0], rows, columns)
+        return Map(t.data_ptr(), t.shape[1], t.shape[0], rows)
 
     @contextlib.contextmanager
     def launches(self, device: torch.device) -> Iterator[EmulatedLaunch]:

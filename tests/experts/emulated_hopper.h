@@ -3,7 +3,7 @@
 
 struct TensorMap {
     const unsigned short* base;
-    int columns, rows, box_rows, box_columns;
+    int columns, rows, box;
 };
 #define MAP const TensorMap&
 #define __align__(...)
@@ -28,7 +28,6 @@ inline unsigned char* memory_of(Block& block, Address at) {
 }
 inline uint4 load_line(Address at) { return *reinterpret_cast<uint4*>(memory_of(my_block(), at)); }
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
-inline void store_once(void* to, const uint4& line) { store_line(to, line); }
 inline void clear_line(Address at) { std::memset(memory_of(my_block(), at), 0, 16); }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int rank_in_cluster() { return blockIdx.x % BLOCKS; }
@@ -97,21 +96,17 @@ inline void store_matrices(Address row, unsigned a, unsigned b, unsigned c, unsi
     }
 }
 
-constexpr int DEPTH = 32;
-
-// Rows of 128 bytes, or of 64.
-inline unsigned swizzled(unsigned at, int bytes) { return at ^ (at >> 7 & bytes / 16 - 1) << 4; }
+inline unsigned swizzled(unsigned at) { return at ^ (at >> 7 & 7) << 4; }
 
 inline void load_into(Block& block, const TensorMap& map, Address to, int x, int y, Address barrier) {
-    const int bytes = 2 * map.box_columns;
-    for (int row = 0; row < map.box_rows; ++row)
-        for (int column = 0; column < map.box_columns; ++column) {
+    for (int row = 0; row < map.box; ++row)
+        for (int column = 0; column < 64; ++column) {
             const bool inside = x + column < map.columns && y + row < map.rows;
             const unsigned short value = inside ? map.base[static_cast<long long>(y + row) * map.columns + x + column] : 0;
-            std::memcpy(memory_of(block, swizzled(to + row * bytes + column * 2, bytes)), &value, 2);
+            std::memcpy(memory_of(block, swizzled(to + row * 128 + column * 2)), &value, 2);
         }
     Phases& phases = phases_of(block, barrier);
-    phases.bytes -= map.box_rows * bytes;
+    phases.bytes -= map.box * 128;
     check(phases);
 }
 
@@ -124,11 +119,11 @@ inline void tensor_load_all(const TensorMap& map, Address to, int x, int y, Addr
 }
 
 inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
-    for (int row = 0; row < map.box_rows; ++row)
+    for (int row = 0; row < map.box; ++row)
         for (int column = 0; column < 64; ++column)
             if (x + column < map.columns && y + row < map.rows) {
                 void* to = const_cast<unsigned short*>(map.base) + static_cast<long long>(y + row) * map.columns + x + column;
-                std::memcpy(to, memory_of(my_block(), swizzled(from + row * 128 + column * 2, 128)), 2);
+                std::memcpy(to, memory_of(my_block(), swizzled(from + row * 128 + column * 2)), 2);
             }
 }
 inline void stores_issued() {}
@@ -140,15 +135,18 @@ inline void tensor_prefetch(const TensorMap&) {}
 template <int COUNT> void fewer_registers() {}
 template <int COUNT> void more_registers() {}
 
-inline unsigned descriptor(Address at, int far) { return (at & 0x3ffff) >> 4 | static_cast<unsigned>(far >> 4) << 16; }
+inline unsigned long long descriptor(Address at, int far) {
+    return 1ull << 62 | 1024ull >> 4 << 32 | static_cast<unsigned long long>(far >> 4) << 16 | (at & 0x3ffff) >> 4;
+}
 
 // Element (i, k) of an operand, i its row of the left or column of the right one.
-inline float element(unsigned description, int across, int i, int k) {
+inline float element(unsigned long long description, int across, int i, int k) {
     const unsigned start = (description & 0x3fff) << 4, far = (description >> 16 & 0x3fff) << 4;
-    const int bytes = across ? 128 : 2 * DEPTH;
-    const unsigned at = across ? start + i / 64 * far + i % 64 * 2 + k * bytes : start + i * bytes + k * 2;
+    const unsigned group = (description >> 32 & 0x3fff) << 4;
+    const unsigned at = across ? start + i / 64 * far + i % 64 * 2 + k / 8 * group + k % 8 * 128
+                               : start + i / 8 * group + i % 8 * 128 + k * 2;
     unsigned short bits;
-    std::memcpy(&bits, memory_of(my_block(), swizzled(at, bytes)), 2);
+    std::memcpy(&bits, memory_of(my_block(), swizzled(at)), 2);
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 
@@ -158,7 +156,7 @@ inline void products_issued() {}
 template <int LEFT> void products_wait() { warpgroup_barrier(8); }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply_columns(float (&d)[64], unsigned a, unsigned b, int add, int first) {
+void multiply_columns(float (&d)[64], unsigned long long a, unsigned long long b, int add, int first) {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     for (int i = 0; i < 64; ++i) {
         float sum = add ? d[i] : 0;
@@ -170,7 +168,7 @@ void multiply_columns(float (&d)[64], unsigned a, unsigned b, int add, int first
 }
 
 template <int A_ACROSS, int B_ACROSS>
-void multiply(float (&d)[2][64], unsigned a, unsigned b, int add) {
+void multiply(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
     multiply_columns<A_ACROSS, B_ACROSS>(d[0], a, b, add, 0);
     multiply_columns<A_ACROSS, B_ACROSS>(d[1], a, b, add, 128);
 }

@@ -5,9 +5,8 @@
 // hand it their half of a tile through shared memory, rounded, and go on with the next tile. So what an activation costs, in
 // instructions and in memory, runs beside the tensor cores. A warp has a row at a time, a lane the same 8 columns of each.
 //
-// Compiled with BLOCKS, those of a cluster, with 6 STAGES, and with ACTIVATION (curve.cuh), any but SWIGLU.
+// Compiled with BLOCKS, those of a cluster, with 3 STAGES, and with ACTIVATION (curve.cuh), any but SWIGLU.
 
-constexpr int LAG = 1;                           // stages that are handed back before the first of them is loaded again
 constexpr int RESULT = 2 * CHUNK;                // bytes of a multiplying warpgroup's half of a tile
 constexpr int SUMS = STAGING + 2 * RESULT;       // of columns, of each warp that activates
 constexpr int WARPS = 4, AT_ONCE = 4;            // that activate, and rows that each has at once
@@ -55,6 +54,9 @@ template <int SLOPE> struct Rows {
     float weight;        // its weight
     uint4 z[AT_ONCE];    // of the first rows
 
+    // How many the warp has.
+    __device__ int rows() const { return max(0, (tile.rows - static_cast<int>(threadIdx.x) % 128 / 32 + WARPS - 1) / WARPS); }
+
     __device__ long long place(const Given& given, int i) const {
         return (tile.start + WARPS * i + threadIdx.x % 128 / 32) * static_cast<long long>(given.outside) + column;
     }
@@ -69,7 +71,7 @@ template <int SLOPE> struct Rows {
         if (!SLOPE) return;
         const int row = WARPS * (threadIdx.x % 32) + threadIdx.x % 128 / 32;
         slot = row < tile.rows ? given.slot_of_row[tile.start + row] : -1;
-        if (WARPS * (AT_ONCE - 1) + threadIdx.x % 128 / 32 < tile.rows) fetch(given, 0, z);
+        if (rows() >= AT_ONCE) fetch(given, 0, z);
     }
 
     // Later, since it waits for the slot.
@@ -121,13 +123,13 @@ template <int SLOPE> struct Activation {
                     y[k] = weight * at_z.height;
                     sum[k] += x[k];
                 }
-                store_once(to, narrow(x));
+                store_line(to, narrow(x));
             } else {
 #pragma unroll
                 for (int k = 0; k < 8; ++k) y[k] = curve(x[k] + bias[k]).height;
-                store_once(to, line[j]);
+                store_line(to, line[j]);
             }
-            store_once(to_h, narrow(y));
+            store_line(to_h, narrow(y));
         }
         if (SLOPE) store_products(i, product);
     }
@@ -186,7 +188,7 @@ template <int SLOPE> __device__ inline void activate_tiles(const Given& given, T
         more = tiles.next(tile);
         if (more) coming.begin(given, tile);
         Activation<SLOPE> activation(given, rows);
-        const int most = max(0, (rows.tile.rows - static_cast<int>(threadIdx.x) % 128 / 32 + WARPS - 1) / WARPS);  // of this warp
+        const int most = rows.rows();
         for (int half = 0; half < 2; ++half) {
             const int end = min(most, 16 * (half + 1));
             barrier_wait(handed_over(half), number % 2);
@@ -230,7 +232,7 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
                 });
             __syncwarp();
         };
-        for (int stage = 0; stage < STAGES - LAG; ++stage) load();
+        for (int stage = 0; stage < STAGES; ++stage) load();
         Tile tile;
         for (int n = 0, number = 0; tiles.next(tile); ++number) {
             float acc[2][64];
@@ -248,7 +250,7 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
 }
 
 // z (N, outside) = rows (N, inside) · w[e]ᵀ, w[e] (outside, inside); h (N, outside) = act(z + bias). inside is a multiple of
-// 64, outside of 128. Boxes: 128 by DEPTH.
+// 64, outside of 128. Boxes: 128 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside, const Number* bias,
    Number* z, Number* h) {
@@ -259,8 +261,7 @@ up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long ins
 // d_h (N, outside) = d_rows (N, inside) · w[e], w[e] (inside, outside), is of rows without their weights (T, K), and is not
 // stored. d_z (N, outside) = weight · d_h · act'(z + bias), h = weight · act(z + bias), and of ⟨d_h, act(z + bias)⟩ the part of
 // each tile across, partial (N, tiles); and where sums is not 0, those of the rows of d_z of each 128 of an expert's rows,
-// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by DEPTH, w
-// DEPTH by 64, z 64 by 64.
+// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by 64, w and z 64 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 slope(MAP rows_map, MAP w_map, MAP z_map, const int* offsets, long long experts, long long inside, long long outside,
       const Number* bias, const Number* z, Number* d_z, Number* h, const float* weights, const int* slot_of_row,

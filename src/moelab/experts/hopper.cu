@@ -1,12 +1,12 @@
 // Products of rows that are sorted by expert, bf16, on Hopper's tensor cores, in tiles as tiles.cuh has them. Blocks are
 // persistent; warpgroup 0 loads, 1 and 2 multiply.
 //
-// Compiled with BLOCKS, those of a cluster, and with 8 STAGES.
+// Compiled with BLOCKS, those of a cluster, and with 4 STAGES.
 
 // Rows
 
 // out (N, outside) = rows (N, inside) by w[e]: (outside, inside), or ACROSS (inside, outside); outside is a multiple of 128.
-// Boxes: rows and w 128 by DEPTH, or ACROSS w DEPTH by 64, out 64 by 64.
+// Boxes: rows and w 128 by 64, or ACROSS w 64 by 64, out 64 by 64.
 template <int ACROSS>
 __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& out_map,
                                const int* offsets, int experts, int inside, int outside, unsigned short* out) {
@@ -93,7 +93,7 @@ struct Parts {
 // dw[e] (outside, inside) fp32 = Σ over an expert's rows of d_y ⊗ x: d_y (N, outside), x (N, inside).
 //
 // The only part of an expert goes to dw; of several each goes to parts (part, outside, inside), which `sum_parts` adds.
-// Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: DEPTH by 64. outside and inside
+// Rows after a part's are another's, and may be NaN: they are cleared in shared memory. Boxes: 64 by 64. outside and inside
 // are multiples of 128, outside of 256 where blocks are two.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, long long outside_,
@@ -118,10 +118,10 @@ weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, lon
                     barrier_wait(empty(turn.stage), turn.parity ^ 1);
                     barrier_expect(there, STAGE);
                     for (int i = 0; i < 2; ++i)
-                        tensor_load(y_map, left(turn.stage) + i * PART, part.left + 64 * i, part.start + k, there);
+                        tensor_load(y_map, left(turn.stage) + i * BOX, part.left + 64 * i, part.start + k, there);
                     for (int i = 0; i < 4; ++i)
                         if (loads(i / 2))
-                            tensor_load_all(x_map, right(turn.stage) + i * PART, part.right + 64 * i, part.start + k, there);
+                            tensor_load_all(x_map, right(turn.stage) + i * BOX, part.right + 64 * i, part.start + k, there);
                 }
         }
     } else {
@@ -133,7 +133,7 @@ weight_gradient(MAP y_map, MAP x_map, const int* offsets, long long experts, lon
                 barrier_wait(full(turn.stage), turn.parity);
                 if (const int rows = part.rows - k * DEPTH; rows < DEPTH) {
                     for (int i = threadIdx.x - 128; i < (DEPTH - rows) * 48; i += 256)
-                        clear_line(left(turn.stage) + i % 6 * PART + (rows + i / 48) * 128 + i / 6 % 8 * 16);
+                        clear_line(left(turn.stage) + i % 6 * BOX + (rows + i / 48) * 128 + i / 6 % 8 * 16);
                     before_async();
                     consumers_barrier();
                 }

@@ -1,5 +1,5 @@
 // What a Hopper GPU has beyond the language (PTX ISA 8.0, target sm_90a): barriers in shared memory that count bytes,
-// the tensor memory accelerator, and products by a warpgroup. It stands after ptx.cuh and before tiles.cuh.
+// the tensor memory accelerator, and products by a warpgroup. It stands after ptx.cuh and before hopper.cu.
 
 // A tensor and the box of it that is moved at once, as the driver encodes it.
 struct alignas(64) TensorMap {
@@ -8,8 +8,6 @@ struct alignas(64) TensorMap {
 #define MAP const __grid_constant__ TensorMap
 
 typedef unsigned Address;  // in shared memory, of this block
-
-constexpr int DEPTH = 32;  // of the summed dimension that is loaded and multiplied at once, 64 or 32
 
 extern __shared__ __align__(1024) unsigned char dynamic[];
 
@@ -29,22 +27,12 @@ __device__ inline uint4 load_line(Address at) {
     return line;
 }
 
-// How long the second-level cache keeps what is read and written: CUTLASS's constants for createpolicy.fractional.
-constexpr unsigned long long KEPT = 0x14f0000000000000ull, PASSING = 0x12f0000000000000ull;
-
-// From and to global memory, of what passes once.
+// From global memory, of what is read no more.
 __device__ inline uint4 load_once(const void* from) {
     uint4 line;
-    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w)
-                 : "l"(__cvta_generic_to_global(from)), "l"(PASSING));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(line.x), "=r"(line.y), "=r"(line.z), "=r"(line.w) : "l"(__cvta_generic_to_global(from)));
     return line;
-}
-
-__device__ inline void store_once(void* to, const uint4& line) {
-    asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
-                 :: "l"(__cvta_generic_to_global(to)), "r"(line.x), "r"(line.y), "r"(line.z), "r"(line.w), "l"(PASSING)
-                 : "memory");
 }
 
 __device__ inline void clear_line(Address at) {
@@ -108,22 +96,21 @@ __device__ inline void consumers_barrier() { asm volatile("bar.sync 6, 256;" :::
 __device__ inline void before_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The tensor memory accelerator. A box comes as rows of 128 bytes, in which the 16-byte line l of row r stands at line
-// l ^ (r % 8), or of 64 bytes, where it is l ^ (r / 2 % 4); `to` is a multiple of 1,024. What is outside the tensor is 0.
+// l ^ (r % 8); `to` is a multiple of 1,024. What is outside the tensor is 0.
 
 __device__ inline void tensor_load(const TensorMap& map, Address to, int x, int y, Address barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5;"
-        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "l"(KEPT) : "memory");
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier) : "memory");
 }
 
 // To the same address in every block of the cluster, each of whose barriers hears of it.
 __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, int y, Address barrier) {
 #if BLOCKS > 1
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5, %6;"
-        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1)), "l"(KEPT)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;"
+        :: "r"(to), "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1))
         : "memory");
 #else
     tensor_load(map, to, x, y, barrier);
@@ -132,14 +119,13 @@ __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, 
 
 // Brings a box into the second-level cache.
 __device__ inline void tensor_fetch(const TensorMap& map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], %3;"
-                 :: "l"(&map), "r"(x), "r"(y), "l"(PASSING) : "memory");
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(&map), "r"(x), "r"(y) : "memory");
 }
 
 // A box from shared memory; rows and columns outside the tensor are not stored.
 __device__ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%1, %2}], [%3], %4;"
-                 :: "l"(&map), "r"(x), "r"(y), "r"(from), "l"(PASSING) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+                 :: "l"(&map), "r"(x), "r"(y), "r"(from) : "memory");
 }
 
 // Ends a group of this thread's stores; and waits until all groups have read what they store.
@@ -158,15 +144,13 @@ template <int COUNT> __device__ inline void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
 }
 
-// Products by a warpgroup of boxes as the tensor memory accelerator leaves them, of DEPTH numbers of the summed dimension. A
-// descriptor says where an operand stands (PTX ISA, "Shared memory matrix layout"); this is its lower word, and UPPER the
-// other. With its rows along the summed dimension, swizzled by their length, groups of 8 rows follow each other. ACROSS, its
-// rows along the other one, 64 numbers a row, groups of 8 of the summed dimension are 1,024 bytes apart, and groups of 64 of
-// the other one `far`. Bytes further on are a sixteenth of them more in it.
-__device__ inline unsigned descriptor(Address at, int far) {
-    return (at & 0x3ffff) >> 4 | static_cast<unsigned>(far >> 4) << 16;  // in a cluster addresses say whose they are
+// Products by a warpgroup of boxes as the tensor memory accelerator leaves them. A descriptor says where an operand
+// stands (PTX ISA, "Shared memory matrix layout"). With its rows along the summed dimension (64 of it a row), groups of
+// 8 rows are 1,024 bytes apart. ACROSS, its rows along the other one, groups of 8 of the summed dimension are 1,024
+// bytes apart, and groups of 64 of the other one `far`.
+__device__ inline unsigned long long descriptor(Address at, int far) {
+    return 1ull << 62 | 1024ull >> 4 << 32 | static_cast<unsigned long long>(far >> 4) << 16 | (at & 0x3ffff) >> 4;
 }
-template <int ACROSS> constexpr unsigned UPPER = ACROSS || DEPTH == 64 ? 1u << 30 | 1024 >> 4 : 2u << 30 | 512 >> 4;
 
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -178,14 +162,11 @@ template <int LEFT> __device__ inline void products_wait() {
 // 16·(t / 32) + t % 32 / 4, and of the row 8 below, columns 8·i + 2·(t % 4) and the next, for i < 16: d[…][4·i] and
 // d[…][4·i + 1], and d[…][4·i + 2] and d[…][4·i + 3].
 template <int A_ACROSS, int B_ACROSS>
-__device__ inline void multiply(float (&d)[2][64], unsigned a, unsigned b, int add) {
+__device__ inline void multiply(float (&d)[2][64], unsigned long long a, unsigned long long b, int add) {
     asm volatile(
         "{\n"
         ".reg .pred add;\n"
-        ".reg .b64 a, b;\n"
         "setp.ne.b32 add, %130, 0;\n"
-        "mov.b64 a, {%128, %133};\n"
-        "mov.b64 b, {%129, %134};\n"
         "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
         "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -195,7 +176,7 @@ __device__ inline void multiply(float (&d)[2][64], unsigned a, unsigned b, int a
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "a, b, add, 1, 1, %131, %132;\n"
+        "%128, %129, add, 1, 1, %131, %132;\n"
         "}"
         : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[0][4]), "+f"(d[0][5]), "+f"(d[0][6]), "+f"(d[0][7]),
           "+f"(d[0][8]), "+f"(d[0][9]), "+f"(d[0][10]), "+f"(d[0][11]), "+f"(d[0][12]), "+f"(d[0][13]), "+f"(d[0][14]), "+f"(d[0][15]),
@@ -213,7 +194,7 @@ __device__ inline void multiply(float (&d)[2][64], unsigned a, unsigned b, int a
           "+f"(d[1][40]), "+f"(d[1][41]), "+f"(d[1][42]), "+f"(d[1][43]), "+f"(d[1][44]), "+f"(d[1][45]), "+f"(d[1][46]), "+f"(d[1][47]),
           "+f"(d[1][48]), "+f"(d[1][49]), "+f"(d[1][50]), "+f"(d[1][51]), "+f"(d[1][52]), "+f"(d[1][53]), "+f"(d[1][54]), "+f"(d[1][55]),
           "+f"(d[1][56]), "+f"(d[1][57]), "+f"(d[1][58]), "+f"(d[1][59]), "+f"(d[1][60]), "+f"(d[1][61]), "+f"(d[1][62]), "+f"(d[1][63])
-        : "r"(a), "r"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS), "n"(UPPER<A_ACROSS>), "n"(UPPER<B_ACROSS>));
+        : "l"(a), "l"(b), "r"(add), "n"(A_ACROSS), "n"(B_ACROSS));
 }
 
 // The compiler is not to move what is held here before or after this.

@@ -30,12 +30,11 @@ TRIAL = (128, 256)  # D and F of a self-check
 CASTS = True  # matrices come as they are, so that their gradients need not be rounded
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
-SHARED = 224 * 1024 + 20 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
+SHARED = 224 * 1024 + 12 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
 SWIGLU = "swiglu"  # has its activation in kernels of its own
 SUMMED = 256 * 4 * 2  # numbers of a weight gradient that a block of `sum_parts` adds parts of
 LOWEST = 1024  # rows of an expert, of which clusters take 256 at once: fewer would leave too many blocks without any
-DEPTH, STAGES, FEWER_STAGES = 32, 8, 6  # of the summed dimension at once: hopper.cuh; in hopper.cu and activated.cu
-SHORTEST = 1024  # rows of an expert that a weight gradient sums at once, at least
+DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
 
 
 def unusable(device: torch.device) -> str | None:
@@ -106,12 +105,12 @@ def _aligned(t: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _source(blocks: int) -> nvrtc.Source:
     headers = ("ptx.cuh", "hopper.cuh", "tiles.cuh")
-    return nvrtc.Source("hopper.cu", ("STAGES", STAGES), headers=headers, feature="a", blocks=blocks)
+    return nvrtc.Source("hopper.cu", ("STAGES", 4), headers=headers, feature="a", blocks=blocks)
 
 
 @functools.cache
 def _activated(blocks: int, activation: str) -> nvrtc.Source:
-    macros = ("STAGES", FEWER_STAGES), ("ACTIVATION", rows_backend.ACTIVATIONS.index(activation))
+    macros = ("STAGES", 3), ("ACTIVATION", rows_backend.ACTIVATIONS.index(activation))
     headers = ("ptx.cuh", "curve.cuh", "hopper.cuh", "tiles.cuh")
     return nvrtc.Source("activated.cu", *macros, headers=headers, feature="a", blocks=blocks)
 
@@ -135,19 +134,17 @@ class Products:
 
     def forward(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """rows (N, I), w (E, O, I) → rows · wᵀ, (N, O)."""
-        return self._product("forward", rows, w, w.shape[1], (128, DEPTH))
+        return self._product("forward", rows, w, w.shape[1], 128)
 
     def backward(self, rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         """rows (N, I), w (E, I, O) → rows · w, (N, O)."""
-        return self._product("backward", rows, w, w.shape[2], (DEPTH, 64))
+        return self._product("backward", rows, w, w.shape[2], 64)
 
-    def _product(
-        self, name: str, rows: torch.Tensor, w: torch.Tensor, outside: int, box: tuple[int, int]
-    ) -> torch.Tensor:
+    def _product(self, name: str, rows: torch.Tensor, w: torch.Tensor, outside: int, box: int) -> torch.Tensor:
         count, inside = rows.shape
         out = rows.new_empty(count, outside)
         if count > 0:
-            maps = self.launch.map(rows, ROWS, DEPTH), self.launch.map(w.flatten(0, 1), *box), self.launch.map(out, 64)
+            maps = self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), box), self.launch.map(out, 64)
             sizes = len(self.offsets), inside, outside
             blocks = self._blocks(count)
             self._run(_source(blocks), name, *maps, self.offsets.data_ptr(), *sizes, out.data_ptr())
@@ -160,7 +157,7 @@ class Products:
         count, inside = rows.shape
         z, h = (rows.new_empty(count, w.shape[1]) for _ in range(2))
         if count > 0:
-            maps = self.launch.map(rows, ROWS, DEPTH), self.launch.map(w.flatten(0, 1), 128, DEPTH)
+            maps = self.launch.map(rows, ROWS), self.launch.map(w.flatten(0, 1), 128)
             sizes = len(self.offsets), inside, w.shape[1]
             self._run(
                 _activated(self._blocks(count), activation), "up", *maps, self.offsets.data_ptr(), *sizes,
@@ -181,8 +178,7 @@ class Products:
         parts = count // ROWS + len(self.offsets)  # as many as there may be
         sums = None if bias is None else weights.new_empty(parts, outside)
         if count > 0:
-            matrices = w.flatten(0, 1)
-            maps = self.launch.map(d_rows, ROWS, DEPTH), self.launch.map(matrices, DEPTH), self.launch.map(z, 64)
+            maps = self.launch.map(d_rows, ROWS), self.launch.map(w.flatten(0, 1), 64), self.launch.map(z, 64)
             sizes = len(self.offsets), inside, outside
             self._run(
                 _activated(self._blocks(count), activation), "slope", *maps, self.offsets.data_ptr(), *sizes,
@@ -204,7 +200,7 @@ class Products:
         tiles = outside // ROWS // blocks * -(-inside // COLUMNS)
         target, last, most = _cuts(len(x), experts, tiles, _multiprocessors(self.device) // blocks)
         parts = torch.empty(most, outside, inside, dtype=torch.float32, device=x.device)
-        maps = self.launch.map(d_y, DEPTH), self.launch.map(x, DEPTH)
+        maps = self.launch.map(d_y, 64), self.launch.map(x, 64)
         self._run(
             _source(blocks), "weight_gradient", *maps, self.offsets.data_ptr(), experts, outside, inside, target,
             last, dw.data_ptr(), parts.data_ptr(),

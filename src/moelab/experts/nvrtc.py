@@ -166,12 +166,12 @@ class Launch:
                 _allow(kernel, shared, self._device)
             self._launch(self._stream, _shape(grid, block, shared), kernel, *arguments)
 
-    def map(self, t: torch.Tensor, rows: int, columns: int = 64) -> Any:
-        """How the tensor memory accelerator finds boxes of so many rows and columns in t (R, C), 16 bits an element.
+    def map(self, t: torch.Tensor, rows: int) -> Any:
+        """How the tensor memory accelerator finds boxes of `rows` rows by 64 columns in t (R, C), 16 bits an element.
 
-        A row of a box has 128 bytes, swizzled by 128, or 64, swizzled by 64.
+        A row of a box has 128 bytes, swizzled by 128.
         """
-        return _map(t.data_ptr(), tuple(t.shape), (rows, columns), self._device)
+        return _map(t.data_ptr(), tuple(t.shape), rows, self._device)
 
 
 class _Place:
@@ -184,14 +184,12 @@ class _Place:
 
 
 @functools.lru_cache(maxsize=4096)  # PyTorch gives a step's tensors the same addresses again and again
-def _map(address: int, shape: tuple[int, ...], box: tuple[int, int], device: int) -> Any:
+def _map(address: int, shape: tuple[int, ...], rows: int, device: int) -> Any:
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
     from cuda.core.utils import StridedMemoryView
 
     return StridedMemoryView.from_any_interface(_Place(address, shape), stream_ptr=-1).as_tensor_map(
-        box_dim=box,
-        swizzle=getattr(TensorMapSwizzle, f"SWIZZLE_{2 * box[1]}B"),
-        l2_promotion=TensorMapL2Promotion.L2_128B,
+        box_dim=(rows, 64), swizzle=TensorMapSwizzle.SWIZZLE_128B, l2_promotion=TensorMapL2Promotion.L2_128B
     )
 
 

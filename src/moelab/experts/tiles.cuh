@@ -4,11 +4,10 @@
 // Compiled with BLOCKS, those of a cluster, and STAGES. Two warpgroups multiply, each 64 rows of a tile of 128 by 256. A
 // cluster of two blocks has the same columns and rows below each other: each loads half of the columns for both.
 
-constexpr int ROWS = 128, COLUMNS = 256;  // of a tile
-constexpr int PART = 64 * DEPTH * 2;      // bytes of 64 rows or columns of an operand
-constexpr int LEFT = 2 * PART, STAGE = LEFT + 4 * PART;
-constexpr int BOX = 64 * 128;             // of a result's 64 rows and 64 columns in bf16
-constexpr int CHUNK = 2 * BOX;
+constexpr int ROWS = 128, COLUMNS = 256, DEPTH = 64;  // of a tile, and of the summed dimension at once
+constexpr int BOX = 64 * 128;                         // bytes of 64 rows of 64 numbers
+constexpr int CHUNK = 2 * BOX;                        // of a result's 64 rows and 128 columns in bf16
+constexpr int LEFT = 2 * BOX, STAGE = LEFT + 4 * BOX;
 constexpr int STAGING = STAGES * STAGE, BARRIERS = 224 * 1024;  // between them results stand
 constexpr int TABLES = BARRIERS + (2 * STAGES + 4) * 8;
 constexpr int MOST_EXPERTS = 128;
@@ -92,15 +91,15 @@ __device__ inline void release(int stage) {
 // handed back. *_ACROSS: the operand's rows lie along the summed dimension.
 template <int LEFT_ACROSS, int RIGHT_ACROSS>
 __device__ inline void add_block(float (&acc)[2][64], int n, int k, int half) {
-    constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // bytes of 16 summed
+    constexpr int left_step = LEFT_ACROSS ? 2048 : 32, right_step = RIGHT_ACROSS ? 2048 : 32;  // of 16 summed
     const int stage = Turn(n).stage;
-    const unsigned a = descriptor(left(stage) + half * PART, PART), b = descriptor(right(stage), PART);
     hold(acc[0]);
     hold(acc[1]);
     products_begin();
 #pragma unroll
     for (int i = 0; i < DEPTH / 16; ++i)
-        multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, a + i * left_step / 16, b + i * right_step / 16, k + i > 0);
+        multiply<LEFT_ACROSS, RIGHT_ACROSS>(acc, descriptor(left(stage) + half * BOX + i * left_step, BOX),
+                                            descriptor(right(stage) + i * right_step, BOX), k + i > 0);
     products_issued();
     if (k > 0) {
         products_wait<1>();
@@ -148,7 +147,7 @@ struct Tiles {
 };
 
 // Loads what the tiles multiply, block by block of the summed dimension: rows (N, inside) and w[e] (outside, inside), or
-// ACROSS (inside, outside). Boxes: rows and w 128 by DEPTH, or ACROSS w DEPTH by 64. One thread's work.
+// ACROSS (inside, outside). Boxes: rows and w 128 by 64, or ACROSS w 64 by 64. One thread's work.
 template <int ACROSS> struct Loader {
     const TensorMap &rows_map, &w_map;
     Tiles tiles;
@@ -177,9 +176,9 @@ template <int ACROSS> struct Loader {
             if (!loads(ACROSS ? i / 2 : i))
                 continue;
             else if (ACROSS)
-                tensor_load_all(w_map, matrix + i * PART, tile.column + 64 * i, tile.expert * inside + k, there);
+                tensor_load_all(w_map, matrix + i * BOX, tile.column + 64 * i, tile.expert * inside + k, there);
             else
-                tensor_load_all(w_map, matrix + i * 2 * PART, k, tile.expert * outside + tile.column + 128 * i, there);
+                tensor_load_all(w_map, matrix + i * 2 * BOX, k, tile.expert * outside + tile.column + 128 * i, there);
         k += DEPTH;
         ++n;
         return true;
