@@ -24,6 +24,7 @@ from moelab.compare.words import DASH, FLOPS, duration, memory, percent, quantit
 from moelab.training.loop import write_aside
 
 WIKITEXT = "wikitext-103.json"
+RATE = "-lr"  # before a learning rate, in the name of a size at another one
 PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
 BUDGETS = ("tokens", "flops", "seconds")
 GOAL = ("124m", 0.7)
@@ -67,7 +68,7 @@ class Stored:
 def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
     """Writes README.md, and a picture of each fit, into the folder that the results lie in; returns the page."""
     stored = [found for name in planned if (found := _stored(folder, name))]
-    fits = Fits(stored)
+    fits = Fits([one for one in stored if RATE not in one.name])
     folder.mkdir(parents=True, exist_ok=True)
     for group, law in fits.laws.items():
         (folder / _picture_name(group)).write_bytes(_picture(fits, group, law).files()["compute.svg"])
@@ -78,6 +79,7 @@ def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
         *_what_was_run(stored, planned),
         *_where_it_won(stored),
         *_how_soon(stored),
+        *_at_other_rates(stored),
         *_worth(fits),
         *_losses(stored),
         *_speeds(stored),
@@ -120,8 +122,8 @@ def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -
     headings = ["size", "context", "steps × sequences", "tokens of each run", "compared", "not run"]
     notes = [
         "Losses are next-token cross-entropy in nats per token. Every arm of a size saw the same batches. Learning "
-        "rates are those of that project for every arm; none was tuned. Where a size has one seed there is no "
-        "interval, and another seed may turn a small difference around.",
+        f"rates are those of that project for every arm; a size with {RATE} in its name is the same at another one. "
+        "Where a size has one seed there is no interval, and another seed may turn a small difference around.",
     ]
     return ["## What was run", _table(headings, rows), *notes] if stored else [
         "## What was run", "Nothing is stored here yet.", _table(headings, rows),
@@ -218,6 +220,38 @@ def _goal(stored: Sequence[Stored]) -> str:
     if best is None:
         return f"{asked}**Missed**: none was there at the end of its run."
     return f"{asked}**{'Met' if best['ratio'] <= goal else 'Missed'}** by {best['arm']}, in {best['ratio']:.2f} of it."
+
+
+def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
+    """Every arm's loss at each learning rate, the least one marked, and the arms compared at the best of each."""
+    groups: dict[str, dict[float, Stored]] = {}
+    for one in stored:
+        groups.setdefault(one.name.partition(RATE)[0], {})[one.results["training"]["learning_rate"]] = one
+    rows, words = [], []
+    for name, by_rate in groups.items():
+        best = {}
+        for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms) if len(by_rate) > 1 else ():
+            losses = {rate: one.mean(arm, "val_loss") for rate, one in by_rate.items() if arm in one.arms}
+            known = {rate: loss for rate, loss in losses.items() if loss is not None}
+            if len(known) < 2:
+                continue
+            best[arm] = min(known.items(), key=lambda entry: entry[1])
+            told = [f"{rate:g}: {loss:.4f}" for rate, loss in sorted(known.items())]
+            rows.append([name, arm, ", ".join(told), f"{best[arm][0]:g}", f"{best[arm][1]:.4f}"])
+        for arm, against in PAIRS:
+            if arm in best and against in best:
+                difference = best[arm][1] - best[against][1]
+                verdict = "below" if difference < 0 else "above"
+                words.append(f"At {name}, each at its best, {arm} is {abs(difference):.3f} {verdict} {against}.")
+    if not rows:
+        return []
+    text = (
+        "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds there are. An "
+        "arm whose rate is far from its best is the commonest unfair comparison; the best one of the held-out text is "
+        "chosen on that text, for every arm alike."
+    )
+    headings = ["size", "arm", "loss at each learning rate", "best", "its loss"]
+    return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]
 
 
 # What the loss is worth in dense compute

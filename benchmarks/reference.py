@@ -4,7 +4,8 @@
     python benchmarks/reference.py --read --publish docs/results
 
 Each size is a folder of `moelab compare` below --out. The same command goes on where it stopped, run by run, and trains
-nothing twice. A finished run is scored on WikiText-103's test split and its checkpoints are deleted; so of --out
+nothing twice. It may run several times at once, on a GPU each (CUDA_VISIBLE_DEVICES): a run that another process has is
+passed over. A finished run is scored on WikiText-103's test split and its checkpoints are deleted; so of --out
 everything but `checkpoints` of a run under way is small, and can be carried to another machine and gone on with there.
 Runs that have a checkpoint come first. At the end README.md in --out reads the results (`reading.py`).
 """
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from reading import WIKITEXT, write_page
+from filelock import FileLock, Timeout
+from reading import RATE, WIKITEXT, write_page
 from rich.console import Console
 
 from moelab.compare import Comparison, run_comparison
@@ -53,6 +55,8 @@ class Size:
     arms: tuple[str, ...] = ALL_ARMS
     context: int | None = None
     """The preset's own when not given."""
+    learning_rate: float | None = None
+    """At its peak; it ends at the preset's share of it. The preset's own when not given."""
 
 
 SIZES = {
@@ -63,6 +67,12 @@ SIZES = {
     "5m-1024": Size("5m", arms=("dense", "moe", "dense-wide"), context=1024),
     "40m-1024": Size("40m", arms=("dense", "moe", "dense-wide"), context=1024),
     "350m": Size("350m"),
+    # The starting point's learning rate was tuned for no arm: all of them at others too, where that is cheap.
+    **{
+        f"{name}{RATE}{rate}": Size(name, learning_rate=float(rate))
+        for name, rates in (("5m", ("1e-3", "3e-3")), ("40m", ("1e-3", "3e-3")), ("124m", ("1e-3",)))
+        for rate in rates
+    },
 }
 TRIAL = {"smoke": Size("smoke", seeds=2)}  # the same on a small scale, to see that all of it works
 
@@ -161,8 +171,11 @@ def chosen(words: str, known: Iterable[str], setting: str) -> list[str]:
 def comparison(size: Size, settings: Reference, data: DataConfig) -> Comparison:
     """The plan of a size: the starting point's settings, 8 sequences a step for every arm."""
     base = preset(size.preset)
+    rate = size.learning_rate or base.training.learning_rate
     training = replace(
         base.training,
+        learning_rate=rate,
+        min_learning_rate=rate * base.training.min_learning_rate / base.training.learning_rate,
         steps=settings.steps,
         warmup_steps=min(base.training.warmup_steps, settings.steps // 10),
         batch_size=SEQUENCES,
@@ -197,14 +210,16 @@ def data_config(settings: Reference) -> DataConfig:
 def unpacked(archive: Path, beside: Path) -> Path:
     """The folder that an archive holds, unpacked once: a run that goes on reads the same path again."""
     place = beside / archive.name.partition(".")[0]
-    if not place.exists():
-        aside = beside / f".{place.name}.unpacking"
-        shutil.rmtree(aside, ignore_errors=True)
-        with tarfile.open(archive) as files:
-            files.extractall(aside, filter="data")
-        inside = list(aside.iterdir())
-        os.replace(inside[0] if len(inside) == 1 and inside[0].is_dir() else aside, place)
-        shutil.rmtree(aside, ignore_errors=True)
+    beside.mkdir(parents=True, exist_ok=True)
+    with FileLock(beside / f".{place.name}.lock"):
+        if not place.exists():
+            aside = beside / f".{place.name}.unpacking"
+            shutil.rmtree(aside, ignore_errors=True)
+            with tarfile.open(archive) as files:
+                files.extractall(aside, filter="data")
+            inside = list(aside.iterdir())
+            os.replace(inside[0] if len(inside) == 1 and inside[0].is_dir() else aside, place)
+            shutil.rmtree(aside, ignore_errors=True)
     return place
 
 
@@ -243,7 +258,9 @@ def train_size(planned: Comparison, settings: Reference, folder: Path, command: 
     for plan in sorted(runs, key=lambda plan: not has_checkpoint(folder / plan.folder)):
         if over.is_set():
             raise Interrupted("stopped between two runs")
-        finish(plan, settings, folder, command)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout), FileLock(folder / f".{plan.folder}.lock", timeout=0):
+            finish(plan, settings, folder, command)
 
 
 def finish(plan: PlannedRun, settings: Reference, folder: Path, command: str) -> None:
@@ -253,12 +270,19 @@ def finish(plan: PlannedRun, settings: Reference, folder: Path, command: str) ->
         print(f"{place}", flush=True)
         train(plan.config, place, resume=True, command=command)
     scores = folder / WIKITEXT
-    known = json.loads(scores.read_text()) if scores.exists() else {}
-    if settings.wikitext is not None and plan.folder not in known and has_checkpoint(place):
-        known[plan.folder] = wikitext_score(place, settings.wikitext, settings.device)
-        write_aside(scores, json.dumps(known, indent=2) + "\n")
-    if not settings.keep_checkpoints and (settings.wikitext is None or plan.folder in known):
+    known = plan.folder in stored_scores(scores)
+    if settings.wikitext is not None and not known and has_checkpoint(place):
+        score = wikitext_score(place, settings.wikitext, settings.device)
+        with FileLock(folder / ".scores.lock"):
+            write_aside(scores, json.dumps(stored_scores(scores) | {plan.folder: score}, indent=2) + "\n")
+        known = True
+    if not settings.keep_checkpoints and (settings.wikitext is None or known):
         tidy(place)
+
+
+def stored_scores(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def tidy(place: Path) -> None:
@@ -278,6 +302,13 @@ def wikitext_score(place: Path, source: Path, device: str) -> dict[str, Any]:
 
 def report(planned: Comparison, folder: Path, command: str, console: Console) -> None:
     """Writes results.json and the report of as much of a size as is finished, where they are not there yet."""
+    if not folder.exists():
+        return
+    with FileLock(folder / ".report.lock"):
+        report_finished(planned, folder, command, console)
+
+
+def report_finished(planned: Comparison, folder: Path, command: str, console: Console) -> None:
     part = finished_part(planned, folder)
     if part is None:
         return

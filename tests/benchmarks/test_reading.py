@@ -44,7 +44,7 @@ def stored(size: str, worth: float, context: int = 1024, **changes: Any) -> dict
         arms[arm] = {"parameters": parameters, "flops_per_token": flops, "runs": [run], "model": shape}
     return {
         "arms": arms, "seeds": [0], "comparisons": [], "to_reach": [], "command": "python",
-        "training": {"steps": 5000, "batch_size": 8, "accumulation": 1},
+        "training": {"steps": 5000, "batch_size": 8, "accumulation": 1, "learning_rate": 3e-4},
         "data": {"name": "x", "train_tokens": 1, "valid_tokens": 1, "tokenizer": "gpt2", "fingerprint": "ab"},
         "environments": [{"environment": {"device": "a GPU", "driver": None}, "runs": []}],
     } | changes  # fmt: skip
@@ -136,3 +136,22 @@ def test_the_goal_is_judged_at_its_size(tmp_path: Path, ratio: float | None, sai
     reached = {"ratio": ratio, "ci95": None, "runs": 1, "reached": int(ratio is not None), "spent": None}
     text = page(tmp_path, {"124m": stored("124m", 1.0, to_reach=[entry("moe", "seconds", **reached)])})
     assert said in text
+
+
+def test_arms_are_compared_at_the_best_of_their_learning_rates(tmp_path: Path) -> None:
+    """And runs at other rates have no part in a fit."""
+    sizes = {size: stored(size, 1.3) for size in FLOPS}
+    sizes["5m-lr1e-3"] = stored("5m", 4.0)
+    sizes["5m-lr1e-3"]["training"]["learning_rate"] = 1e-3
+    for run in sizes["5m-lr1e-3"]["arms"]["dense"]["runs"]:
+        run["val_loss"] += 1
+    for name, results in sizes.items():
+        (tmp_path / name).mkdir()
+        write_aside(tmp_path / name / "results.json", json.dumps(results))
+    text = write_page(tmp_path, {name: Comparison(preset=name.partition("-")[0]) for name in sizes}).read_text()
+    dense, moe = law(FLOPS["5m"] * TOKENS), law(FLOPS["5m"] * TOKENS * WIDER * 4.0)
+    assert f"| 5m | dense | 0.0003: {dense:.4f}, 0.001: {dense + 1:.4f} | 0.0003 | {dense:.4f} |" in text
+    assert f"| 0.001 | {moe:.4f} |" in text
+    assert f"At 5m, each at its best, moe is {dense - moe:.3f} below dense." in text
+    assert "At 40m" not in text
+    assert "fitted to 8 runs" in text

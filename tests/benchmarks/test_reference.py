@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -12,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import SIZES, chosen, finished_part, main, unpacked
+from reference import SIZES, Reference, chosen, comparison, finished_part, main, unpacked
 
 from moelab.compare import Comparison
-from moelab.config import TrainingConfig, UsageError
+from moelab.config import DataConfig, TrainingConfig, UsageError
 
 WORDS = "the cat sat on a mat and saw the dog that ran to the tree".split()
 
@@ -89,6 +91,24 @@ def test_it_stops_goes_on_scores_and_publishes(command: list[str], tmp_path: Pat
     assert "| 350m | 1,024 | – | – | – | all of it |" in page
     assert "dense seed 1; moe seed 1; dense-wide; moe-matched |" in page
     assert "It was not measured." in page  # the goal, at 124m
+
+
+def test_processes_side_by_side_share_the_runs(command: list[str], tmp_path: Path, home: Path) -> None:
+    script = Path(__file__).parents[2] / "benchmarks/reference.py"
+    both = [subprocess.Popen([sys.executable, script, *command, "--arms", "dense,moe,dense-wide"]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    out = tmp_path / "runs/reference"
+    assert list(results(out)["arms"]) == ["dense", "moe", "dense-wide"]
+    assert len(json.loads((out / "smoke/wikitext-103.json").read_text())) == 3
+    for arm in ("dense", "moe", "dense-wide"):
+        steps = [json.loads(line)["step"] for line in (out / f"smoke/{arm}-seed0/metrics.jsonl").open()]
+        assert steps == sorted(set(steps))  # nobody trained it again
+
+
+def test_another_learning_rate_ends_at_the_same_share_of_it() -> None:
+    base, other = (comparison(SIZES[name], Reference(), DataConfig()).training for name in ("40m", "40m-lr3e-3"))
+    assert (base.learning_rate, base.min_learning_rate) == (3e-4, 3e-5)
+    assert (other.learning_rate, other.min_learning_rate) == (pytest.approx(3e-3), pytest.approx(3e-4))
 
 
 def test_what_is_finished_of_all_arms_is_compared(tmp_path: Path) -> None:
