@@ -16,29 +16,14 @@ __device__ inline Address result(int half) { return shared_base() + STAGING + ha
 __device__ inline Address handed_over(int half) { return empty(STAGES + half); }
 __device__ inline Address taken(int half) { return empty(STAGES + 2 + half); }
 
-using Number = unsigned short;  // bf16
-using Values = float[8];        // of a line of 16 bytes
-
-__device__ inline void widen(const uint4& line, Values& value) {
-    const unsigned word[4] = {line.x, line.y, line.z, line.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        value[2 * i] = __uint_as_float(word[i] << 16);
-        value[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-    }
-}
-
-__device__ inline uint4 narrow(const Values& value) {
-    return make_uint4(two_bfloats(value[0], value[1]), two_bfloats(value[2], value[3]), two_bfloats(value[4], value[5]),
-                      two_bfloats(value[6], value[7]));
-}
+using Values = float[LINE];
 
 // What a product is made of, and what is made beside it: `up` z and h; `slope` d_z, h, partial and sums out of z and weights.
 struct Given {
     const int* offsets;
     int experts, inside, outside;
-    const Number* bias;  // (E, outside), or 0
-    Number *z, *h, *d_z;
+    const Element* bias;  // (E, outside), or 0
+    Element *z, *h, *d_z;
     const float* weights;
     const int* slot_of_row;
     float *partial, *sums;
@@ -81,7 +66,7 @@ template <int SLOPE> struct Rows {
 
     // z of AT_ONCE rows from the i-th on.
     __device__ void fetch(const Given& given, int i, uint4 (&lines)[AT_ONCE]) const {
-        const Number* from = given.z + place(given, i);
+        const Element* from = given.z + place(given, i);
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j, from += WARPS * static_cast<long long>(given.outside))
             if (inside) lines[j] = load_once(from);
@@ -99,7 +84,7 @@ template <int SLOPE> struct Activation {
     template <int COUNT> __device__ void activate(int i, const uint4 (&z)[COUNT]) {
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
         const long long at = rows.place(given, i), step = WARPS * static_cast<long long>(given.outside);
-        Number *to = (SLOPE ? given.d_z : given.z) + at, *to_h = given.h + at;
+        Element *to = (SLOPE ? given.d_z : given.z) + at, *to_h = given.h + at;
         uint4 line[COUNT];
         float product[COUNT] = {};
 #pragma unroll
@@ -123,13 +108,13 @@ template <int SLOPE> struct Activation {
                     y[k] = weight * at_z.height;
                     sum[k] += x[k];
                 }
-                store_line(to, narrow(x));
+                copy(to, narrow(x));
             } else {
 #pragma unroll
                 for (int k = 0; k < 8; ++k) y[k] = curve(x[k] + bias[k]).height;
                 store_line(to, line[j]);
             }
-            store_line(to_h, narrow(y));
+            copy(to_h, narrow(y));
         }
         if (SLOPE) store_products(i, product);
     }
@@ -252,8 +237,8 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
 // z (N, outside) = rows (N, inside) · w[e]ᵀ, w[e] (outside, inside); h (N, outside) = act(z + bias). inside is a multiple of
 // 64, outside of 128. Boxes: 128 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside, const Number* bias,
-   Number* z, Number* h) {
+up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside, const Element* bias,
+   Element* z, Element* h) {
     activated<0>(rows_map, w_map, rows_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
                  static_cast<int>(outside), bias, z, h, nullptr, nullptr, nullptr, nullptr, nullptr});
 }
@@ -264,8 +249,8 @@ up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long ins
 // (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by 64, w and z 64 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 slope(MAP rows_map, MAP w_map, MAP z_map, const int* offsets, long long experts, long long inside, long long outside,
-      const Number* bias, const Number* z, Number* d_z, Number* h, const float* weights, const int* slot_of_row,
+      const Element* bias, const Element* z, Element* d_z, Element* h, const float* weights, const int* slot_of_row,
       float* partial, float* sums) {
     activated<1>(rows_map, w_map, z_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
-                 static_cast<int>(outside), bias, const_cast<Number*>(z), h, d_z, weights, slot_of_row, partial, sums});
+                 static_cast<int>(outside), bias, const_cast<Element*>(z), h, d_z, weights, slot_of_row, partial, sums});
 }

@@ -111,7 +111,7 @@ def _source(blocks: int) -> nvrtc.Source:
 @functools.cache
 def _activated(blocks: int, activation: str) -> nvrtc.Source:
     macros = ("STAGES", 3), ("ACTIVATION", rows_backend.ACTIVATIONS.index(activation))
-    headers = ("ptx.cuh", "curve.cuh", "hopper.cuh", "tiles.cuh")
+    headers = ("ptx.cuh", "curve.cuh", "lines.cuh", "hopper.cuh", "tiles.cuh")
     return nvrtc.Source("activated.cu", *macros, headers=headers, feature="a", blocks=blocks)
 
 

@@ -69,7 +69,7 @@ class Source:
     """
 
     def __init__(
-        self, file: str, *macros: tuple[str, int], headers: tuple[str, ...] = ("ptx.cuh", "curve.cuh"),
+        self, file: str, *macros: tuple[str, int], headers: tuple[str, ...] = ("ptx.cuh", "curve.cuh", "lines.cuh"),
         feature: str = "", blocks: int | None = None,
     ) -> None:  # fmt: skip
         self.file, self.macros, self.headers, self.feature, self.blocks = file, macros, headers, feature, blocks
