@@ -171,9 +171,9 @@ class Rows:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """→ gradients of z, which overwrite d_h where they are of its size, and of the bias; empty without one."""
         d_z = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z)
-        sums, grid, wide = self._strips(z, bias, d_h_NF.shape[1])
-        self.launch(
-            self.source, "activate_backward", grid, (32, WARPS), z.data_ptr(), address(bias), self.slot_of_row,
+        sums, strips, wide = self._strips(z, bias, d_h_NF.shape[1])
+        self._run_strips(
+            "activate_backward", strips, z.data_ptr(), address(bias), self.slot_of_row,
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
             address(sums), d_h_NF.shape[1], wide,
         )  # fmt: skip
@@ -187,11 +187,10 @@ class Rows:
         (N, F), both weighted; gradients of the weights (T, K), and of the bias; empty without one."""
         hidden = d_h_NF.shape[1]
         d_z, h_NF = d_h_NF if d_h_NF.shape == z.shape else torch.empty_like(z), torch.empty_like(d_h_NF)
-        sums, grid, wide = self._strips(z, bias, hidden)
-        strips = grid[0] // self._parts
+        sums, strips, wide = self._strips(z, bias, hidden)
         partial = weights_TK.new_empty(len(z), strips)
-        self.launch(
-            self.source, "weighted_backward", grid, (32, WARPS), z.data_ptr(), address(bias), self.slot_of_row,
+        self._run_strips(
+            "weighted_backward", strips, z.data_ptr(), address(bias), self.slot_of_row,
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
             address(sums), weights_TK.data_ptr(), h_NF.data_ptr(), partial.data_ptr(), hidden, wide,
         )  # fmt: skip
@@ -215,9 +214,9 @@ class Rows:
         """rows (N, C) → the sum over each expert's (E, C), in fp32; with weights (T, K) rows are tokens (T, C), and
         those of each expert's slots are summed, times the weights."""
         width = rows.shape[1]
-        sums, grid, wide = self._strips(rows, rows, width)
-        self.launch(
-            self.source, "bias_parts", grid, (32, WARPS), rows.data_ptr(), address(weights_TK), self.slot_of_row,
+        sums, strips, wide = self._strips(rows, rows, width)
+        self._run_strips(
+            "bias_parts", strips, rows.data_ptr(), address(weights_TK), self.slot_of_row,
             self.routing.offsets.data_ptr(), address(sums), len(self.routing.offsets), self.indices_TK.shape[1],
             width, wide,
         )  # fmt: skip
@@ -225,13 +224,12 @@ class Rows:
 
     def _strips(
         self, rows: torch.Tensor, bias: torch.Tensor | None, width: int
-    ) -> tuple[torch.Tensor | None, tuple[int, int], int]:
-        """Room for the sums of parts of experts' rows (…, C), if there is a bias; a grid of a block for each strip of
-        columns of each part; and whether accesses are of 16 bytes."""
+    ) -> tuple[torch.Tensor | None, int, int]:
+        """Room for the sums of parts of experts' rows (…, C), if there is a bias; strips of columns, of which a block
+        has one of a part; and whether accesses are of 16 bytes."""
         wide = _wide(width, bias, rows)
         sums = None if bias is None else rows.new_empty(self._parts, rows.shape[1], dtype=torch.float32)
-        strips = -(-width // (32 * (16 // rows.element_size() if wide else 1)))
-        return sums, (self._parts * strips, 1), wide
+        return sums, -(-width // (32 * (16 // rows.element_size() if wide else 1))), wide
 
     def sum_of_parts(self, sums: torch.Tensor | None, tall: int, like: torch.Tensor) -> torch.Tensor:
         """sums (parts, C), of `tall` rows of an expert each → (E, C); empty where there is nothing to sum."""
@@ -254,6 +252,9 @@ class Rows:
     def _run(self, name: str, warps: int, *arguments: int) -> None:
         self.launch(self.source, name, (-(-warps // WARPS), 1), (32, WARPS), *arguments)
 
+    def _run_strips(self, name: str, strips: int, *arguments: int) -> None:
+        self.launch(self.source, name, (self._parts * strips, 1), (32, WARPS), *arguments)
+
     @property
     def _parts(self) -> int:
         """Parts of experts' rows, as many as there may be."""
@@ -274,6 +275,7 @@ class Rows:
 
 
 def address(t: torch.Tensor | None) -> int:
+    """As kernels take what may be absent: 0."""
     return 0 if t is None else t.data_ptr()
 
 
