@@ -223,14 +223,14 @@ def _goal(stored: Sequence[Stored]) -> str:
 
 
 def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
-    """Every arm's loss at each learning rate, the least one marked, and the arms compared at the best of each."""
+    """Every arm's loss at each learning rate, where there are several, and the arms compared at the best of each."""
     groups: dict[str, dict[float, Stored]] = {}
     for one in stored:
         groups.setdefault(one.name.partition(RATE)[0], {})[one.results["training"]["learning_rate"]] = one
     rows, words = [], []
     for name, by_rate in groups.items():
         best = {}
-        for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms) if len(by_rate) > 1 else ():
+        for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms):
             losses = {rate: one.mean(arm, "val_loss") for rate, one in by_rate.items() if arm in one.arms}
             known = {rate: loss for rate, loss in losses.items() if loss is not None}
             if len(known) < 2:
@@ -247,8 +247,8 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
         return []
     text = (
         "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds there are. An "
-        "arm whose rate is far from its best is the commonest unfair comparison; the best one of the held-out text is "
-        "chosen on that text, for every arm alike."
+        "arm whose rate is far from its best is the commonest unfair comparison. The best is chosen on the held-out "
+        "text that it is reported on, for every arm alike."
     )
     headings = ["size", "arm", "loss at each learning rate", "best", "its loss"]
     return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]

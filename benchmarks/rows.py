@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moelab.bench.clock import captured, wall_ms
+from moelab.bench.layer import TOLERANCE
 from moelab.device import environment, resolve_device
 from moelab.experts import cuda, hopper, nvrtc, reference
 from moelab.experts.cuda import Rows
@@ -138,7 +139,7 @@ def main() -> None:
         raise SystemExit(f"rows.py: device = {device.type}: {reason}")
     assert fused_router.usable(torch.zeros(1, 1, device=device), settings.experts, settings.top_k)
     error = check(settings, device)
-    assert error <= 1e-2, error
+    assert error <= TOLERANCE[torch.bfloat16], error
     found = kernels(settings, device)
 
     def several(work: Callable[[], object]) -> Callable[[], object]:
