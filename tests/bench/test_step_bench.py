@@ -175,6 +175,18 @@ def test_what_was_timed_before_a_signal_is_written(
     assert [row for row in found if row[1] != "dense twin"] == timed
 
 
+def test_without_parts_nothing_is_compiled_for_them_and_they_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(step_module, "TimedStep", None)
+    found = bench_step(replace(SMALL, arms=("dense",), parts=False))
+    assert found["rows"][0]["parts"] is None
+    assert found["rows"][0]["ms"] > 0
+    print_step(found, Console(width=80))
+    assert "perts" not in capsys.readouterr().out
+    draw_step(found, tmp_path / "a.svg")
+
+
 def test_what_has_no_memory_for_its_parts_keeps_its_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

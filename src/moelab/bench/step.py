@@ -70,6 +70,8 @@ class StepBench:
     """As of `train`."""
     capture: Literal["auto", "on", "off"] = "auto"
     """As of `train`."""
+    parts: bool = True
+    """Also where a step's time goes, which takes a second compilation of each model."""
     rounds: int = 5
     """Rounds of each; the median is reported."""
     steps: int = 10
@@ -111,8 +113,8 @@ def bench_step(
         step), "parameters", "active_parameters", "flops_per_token", "ms" (the median of "rounds_ms"),
         "tokens_per_second", "mfu", "peak_bytes" (None on a CPU), "first_seconds" (to compile and capture), "captured",
         "idle" (share of the time in which no kernel ran; None on a CPU), "parts" ({part: share of the time}; None where
-        they could not be had), "twin" and "ratio" (tokens/s over those of the dense arm of the same active FLOPs, where
-        both were timed)}]}.
+        they were not asked for or could not be had), "twin" and "ratio" (tokens/s over those of the dense arm of the
+        same active FLOPs, where both were timed)}]}.
 
     Raises:
         UsageError: a device, precision or capture that is not there.
@@ -247,11 +249,13 @@ def _measured(
     of_step = sequences * config.context
     counts, flops, ms = count_parameters(config), flops_per_token(config), statistics.median(seconds) * 1e3
     idle = None if busy is None else max(0.0, 1 - busy / ms)
-    try:
-        timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
-        shares = timed.parts(batches.windows(0).to(device))
-    except (RuntimeError, RunFailed, UsageError):  # halves compiled apart take more memory, and are other programs
-        shares = None
+    shares = None
+    if settings.parts:
+        try:
+            timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
+            shares = timed.parts(batches.windows(0).to(device))
+        except (RuntimeError, RunFailed, UsageError):  # halves compiled apart take more memory, and are other programs
+            pass
     return row | {
         "tokens": of_step,
         "parameters": counts.total,

@@ -33,7 +33,8 @@ def print_step(results: dict[str, Any], console: Console) -> None:
         "1st\ns": lambda row: f"{row['first_seconds']:.0f}",
     }
     console.print(_table(timed, speed))
-    parts = {HEADINGS.get(name, name): functools.partial(_part, name) for name in PARTS}
+    asked = results["settings"]["parts"]
+    parts = {HEADINGS.get(name, name): functools.partial(_part, name) for name in PARTS if asked}
     console.print(_table(timed, {**parts, "idle": lambda row: _percent(row["idle"])}))
     for row in results["rows"]:
         if "reason" in row:
@@ -51,9 +52,10 @@ def print_step(results: dict[str, Any], console: Console) -> None:
         f"{environment['precision']}, on {environment['device']}, {how}; medians of {settings['rounds']} rounds of "
         f"{settings['steps']} steps. MFU: tokens/s · (6·P + 12·L·C·D), P active weights in products, over {stated}. "
         "÷ twin: of moe, tokens/s over dense-wide's; of moe-matched, over dense's, which have the same active FLOPs. "
-        "batch: micro-batch × accumulation. 1st s: compiling and capturing. experts: a dense model's feed-forward "
-        "too; norms are with what they stand before. other: embedding, clipping and the rest. idle: no kernel ran. "
-        "Shares are those of a step whose halves of the blocks are compiled each by itself."
+        "batch: micro-batch × accumulation. 1st s: compiling and capturing. idle: no kernel ran."
+        + (" experts: a dense model's feed-forward too; norms are with what they stand before. other: embedding, "
+           "clipping and the rest. Shares are those of a step whose halves of the blocks are compiled each by itself."
+           if asked else "")
         + (" * Rounds differ by more than a tenth: something else disturbed the device." if unsteady else ""),
         style="dim", highlight=False,
     )  # fmt: skip
@@ -110,9 +112,10 @@ def _rate(value: float) -> str:
 
 def draw_step(results: dict[str, Any], path: Path) -> None:
     """A step's milliseconds, a bar each arm and backend, cut into its parts; a group of axes each size."""
-    timed = [row for row in results["rows"] if "ms" in row]
+    timed, asked = [row for row in results["rows"] if "ms" in row], results["settings"]["parts"]
     sizes = list(dict.fromkeys(row["size"] for row in timed))
     colours = dict(zip((*PARTS, "idle"), (*ARM_COLOURS[:4], LIGHT["muted"], LIGHT["line"]), strict=True))
+    colours = {part: colour for part, colour in colours.items() if asked or part in ("other", "idle")}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, 0.9 + 0.4 * len(timed) + 0.45 * len(sizes)), layout="constrained")
         heights = [sum(row["size"] == size for row in timed) + 0.6 for size in sizes]
@@ -124,7 +127,7 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
             for part, colour in colours.items():
                 shares = [_share(row, part) for row in rows]
                 widths = [share * row["ms"] for share, row in zip(shares, rows, strict=True)]
-                axes.barh(names, widths, 0.8, left, color=colour, label=part)
+                axes.barh(names, widths, 0.8, left, color=colour, label=part if asked or part == "idle" else "kernels")
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             for at, (end, row) in enumerate(zip(left, rows, strict=True)):
                 axes.text(end, at, f" {_rate(row['tokens_per_second'])}", va="center", fontsize=8)
@@ -135,8 +138,9 @@ def draw_step(results: dict[str, Any], path: Path) -> None:
         if sizes:
             environment = results["environment"]
             axes.set_xlabel(
-                "ms a step, and tokens/s\nits parts as in a step compiled in parts\n"
-                f"{environment['device']}, {environment['precision']}"
+                "ms a step, and tokens/s\n"
+                + ("its parts as in a step compiled in parts\n" if asked else "")
+                + f"{environment['device']}, {environment['precision']}"
             )
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=200)
