@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from moelab.cli import TrainFlags, main, of_given_batch, parse, run_config
 from moelab.config import ModelConfig, MoEConfig, RunConfig, RunFailed, TrainingConfig, UsageError
 from moelab.device import available_memory
+from moelab.experts.choice import Choice
 from moelab.model import GPT, head
 from moelab.presets import PRESETS, arm_model
 from moelab.training import train
@@ -40,6 +41,7 @@ from moelab.training.step import Step
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = ModelConfig(layers=3, heads=4, width=128, context=128, vocabulary=512)
 GIB = 2**30
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def estimate_of(
@@ -57,6 +59,11 @@ def run_of(preset: str, arm: str, **training: Any) -> RunConfig:
     chosen = PRESETS[preset]
     model = arm_model(arm, chosen.model, chosen.moe)
     return RunConfig(preset, arm, model, training=replace(chosen.training, **training))
+
+
+def with_backend(run: RunConfig, backend: str) -> RunConfig:
+    assert run.model.moe is not None
+    return replace(run, model=replace(run.model, moe=replace(run.model.moe, backend=backend)))
 
 
 def kept_bytes(model: GPT, sequences: int) -> int:
@@ -145,6 +152,29 @@ def test_the_estimate_is_near_what_others_measured_on_an_h100() -> None:
         found = estimate_of(run.model, run.training, CUDA, torch.bfloat16, sequences)
         logits = 2 * 2 * sequences * 1024 * 50_304
         assert (found.total - found.moment + logits) / GIB == pytest.approx(measured, rel=0.15), preset
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("step-*.json")), ids=lambda file: file.stem)
+def test_the_estimate_is_near_the_peaks_that_the_step_bench_measured(file: Path) -> None:
+    results = json.loads(file.read_text())
+    measured = [row for row in results["rows"] if row.get("peak_bytes")]
+    assert measured
+    for row in measured:
+        run = run_of(row["size"], row["arm"])
+        run = run if row["backend"] is None else with_backend(run, row["backend"])
+        model = replace(run.model, vocabulary=50_304)
+        found = estimate_of(model, run.training, CUDA, torch.bfloat16, row["batch_size"], row["accumulation"])
+        assert 0.94 <= found.total / row["peak_bytes"] <= 1.14, row
+
+
+def test_a_run_is_cut_for_the_backend_that_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, free = run_of("350m", "moe"), int(78.5 * GIB)
+    assert split_step([with_backend(run, "grouped_mm")], CUDA, torch.bfloat16, free).batch_size == 16
+    assert split_step([with_backend(run, "hopper")], CUDA, torch.bfloat16, free).batch_size == 32
+    monkeypatch.setattr("moelab.training.memory.available_memory", lambda _: free)
+    for backend, expected in (("grouped_mm", 16), ("triton", 32)):
+        monkeypatch.setattr("moelab.training.memory.backend_of", lambda *_, name=backend: Choice(name, None))
+        assert split_step([run], CUDA, torch.bfloat16).batch_size == expected
 
 
 def test_350m_moe_starts_on_80_gb_and_stops_on_24_with_what_fits() -> None:
@@ -257,15 +287,16 @@ def test_bytes_are_said_as_gibibytes() -> None:
 
 def test_the_page_on_memory_shows_what_is_chosen() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| `([\w-]+)` \| (.*) \|$", page, flags=re.M)
-    assert len(rows) == 12
-    for preset, arm, cells in rows:
+    rows = re.findall(r"^\| `(\w+)` \| `([\w-]+)`(?:, `(\w+)`)? \| (.*) \|$", page, flags=re.M)
+    assert len(rows) == 16
+    for preset, arm, backend, cells in rows:
+        run = run_of(preset, arm) if not backend else with_backend(run_of(preset, arm), backend)
         for gibibytes, shown in zip((16, 24, 40, 80), cells.split(" | "), strict=True):
             try:
-                found = split_step([run_of(preset, arm)], CUDA, torch.bfloat16, int(0.97 * gibibytes * GIB))
-                assert shown == f"{found.batch_size} × {found.accumulation}", (preset, arm, gibibytes)
+                found = split_step([run], CUDA, torch.bfloat16, int(0.97 * gibibytes * GIB))
+                assert shown == f"{found.batch_size} × {found.accumulation}", (preset, arm, backend, gibibytes)
             except UsageError:
-                assert shown == "–", (preset, arm, gibibytes)
+                assert shown == "–", (preset, arm, backend, gibibytes)
     with pytest.raises(UsageError) as refused:
         split_step([run_of("350m", "moe")], CUDA, torch.bfloat16, int(0.97 * 24 * GIB))
     assert str(refused.value) in " ".join(page.split())

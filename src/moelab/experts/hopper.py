@@ -28,6 +28,7 @@ from moelab.experts.cuda import Routing, Rows, address
 
 TRIAL = (128, 256)  # D and F of a self-check
 CASTS = True  # matrices come as they are, so that their gradients need not be rounded
+RECOMPUTES = True  # of the rows keeps z alone for the backward pass
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 12 * 8 + 2 * 4 * (MOST_EXPERTS + 1)

@@ -24,6 +24,7 @@ import torch
 from moelab.config import Activation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+RECOMPUTES = True  # of the rows keeps z alone for the backward pass
 
 
 def unusable(device: torch.device) -> str | None:

@@ -23,7 +23,9 @@ import torch
 from moelab.config import ModelConfig, RunConfig, RunFailed, TrainingConfig, UsageError
 from moelab.device import available_memory
 from moelab.evaluation.score import contexts_at_once
+from moelab.experts import backend_of
 from moelab.experts.activation import inner_size
+from moelab.experts.mlp import BACKENDS
 from moelab.meters import count_parameters
 from moelab.model.head import CHUNK
 from moelab.presets import ARMS, PRESETS, arm_model
@@ -63,8 +65,8 @@ class Memory:
 def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype) -> Memory:
     """The peak of a step, nothing being allocated.
 
-    Gradients are counted in full, as they lie there from a step's second micro-batch on. Experts are counted as
-    `grouped_mm` keeps them, the most of all, whatever the backend: a run may go on with another one.
+    Gradients are counted in full, as they lie there from a step's second micro-batch on. Experts are counted as the
+    backend keeps them; those of "auto" as `grouped_mm` does, the most of all.
     """
     size, tokens = dtype.itemsize, training.batch_size * model.context
     counts = count_parameters(model)
@@ -128,6 +130,8 @@ class _Block:
         hidden, k, moe = model.expert_hidden_size, self.moe.top_k, self.moe
         routing = 12 * moe.experts + k * (8 + 4 + 3 * 8)
         experts = k * (steps * hidden + 2 * model.width) * size  # with the sorted rows of tokens and of outputs
+        if moe.backend in BACKENDS and getattr(BACKENDS[moe.backend], "RECOMPUTES", False):
+            experts = k * inner_size(model.activation, hidden) * size
         shared = steps * moe.shared_experts * hidden * size
         # On CPUs the router's input is cast; the cast takes its place where no product of shared experts reads it too.
         in_fp32 = (4 if moe.shared_experts else 4 - size) * model.width if self.on_cpu and size < 4 else 0
@@ -182,13 +186,16 @@ def split_step(
         runs: of a comparison, or one; their vocabularies are the text's.
         device: whose free memory counts.
         dtype: of the products.
-        available: bytes, instead of the device's; where neither is known the settings are taken.
+        available: bytes, of a device that need not be here, instead of the device's; where neither is known the
+            settings are taken.
 
     Raises:
         UsageError: no micro-batch fits, or the given one surely does not: with what would.
     """
     training = runs[0].training
-    available = available_memory(device) if available is None else available
+    if available is None:
+        available = available_memory(device)
+        runs = [_with_its_backend(run, device, dtype) for run in runs]
     if available is None:
         return replace(training, auto_batch=False)
     room = _Room(device, dtype, available)
@@ -206,6 +213,14 @@ def split_step(
     needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
     (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
     raise UsageError(_refusal(run, split, room))
+
+
+def _with_its_backend(run: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
+    """The run with the name of the backend that it would have on a device."""
+    if run.model.moe is None:
+        return run
+    backend = backend_of(run.model, device, dtype, run.training.deterministic).backend
+    return replace(run, model=replace(run.model, moe=replace(run.model.moe, backend=backend)))
 
 
 def _splits(training: TrainingConfig, most: int) -> Iterator[TrainingConfig]:
