@@ -25,6 +25,7 @@ TESTS = Path(__file__).parent.parent
     "file",
     [
         "experts/interpreted_triton.py", "model/interpreted_router.py", "model/interpreted_head.py",
+        "model/interpreted_linear.py",
         "training/test_optimizer.py",
     ],
 )  # fmt: skip
@@ -100,6 +101,8 @@ def test_every_kernel_compiles(
     torch.ops.moelab.route(x, router, None, top_k, "softmax", "chosen")
     fused_router._route_backward(x, weights, logits, x, router, indices, logits, "softmax", "chosen")
     head.softmax_kernel(x.new_zeros(2, 50_304), indices[:2, 0].contiguous())
+    torch.ops.moelab.activation_backward(x, x, "gelu")
+    torch.ops.moelab.heads_backward(*x.view(2, 4, 64, 256).expand(3, -1, -1, -1, -1))
     p, one = torch.nn.Parameter(torch.zeros(100)), torch.ones(())
     p.grad = torch.zeros(100)
     for moments, found_inf in ((torch.bfloat16, None), (torch.float32, one)):
@@ -108,6 +111,6 @@ def test_every_kernel_compiles(
     launches = {
         "count", "place", "product", "combine", "slot_gradient", "weight_gradient", "sum_parts", "bias_parts",
         "sum_bias_parts", "route", "logits_gradient", "route_backward", "loss_and_gradient",
-        "adamw",
+        "adamw", "activation_backward", "heads_backward",
     }  # fmt: skip
     assert set(compiled) == launches, importlib.metadata.version("triton")

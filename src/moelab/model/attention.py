@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moelab.config import ModelConfig
+from moelab.model.linear import heads_linear, linear
 
 
 class KVCache:
@@ -42,8 +43,7 @@ class Attention(nn.Module):
     def forward(self, x_BCD: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
         """(B, C, D) → (B, C, D); `first` is the position of the first of the C tokens."""
         batch, length, width = x_BCD.shape
-        qkv = linear(x_BCD, self.w_qkv, self.b_qkv).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, C, head)
+        q, k, v = heads_linear(x_BCD, self.w_qkv, self.b_qkv, self.heads)
         if self.rotary:
             q, k = rotate(q, first), rotate(k, first)
         mask = None
@@ -55,11 +55,6 @@ class Attention(nn.Module):
             q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first == 0).to(x_BCD.dtype)
         return linear(mixed.transpose(1, 2).reshape(batch, length, width), self.w_out, self.b_out)
-
-
-def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """x @ w.T + b in x's dtype: the fp32 master weight is cast here, where it is used."""
-    return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
 
 
 def rotate(x: torch.Tensor, first: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from moelab.config import ModelConfig
-from moelab.experts.activation import activate, inner_size
-from moelab.model.attention import linear
+from moelab.experts.activation import inner_size
+from moelab.model.linear import activated_linear, linear
 
 
 class FeedForward(nn.Module):
@@ -24,4 +24,4 @@ class FeedForward(nn.Module):
         self.b_out = nn.Parameter(torch.empty(width)) if config.bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(activate(linear(x, self.w_in, self.b_in), self.activation), self.w_out, self.b_out)
+        return linear(activated_linear(x, self.w_in, self.b_in, self.activation), self.w_out, self.b_out)

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from moelab.config import ModelConfig
-from moelab.model.attention import Attention, KVCache, linear
+from moelab.model.attention import Attention, KVCache
 from moelab.model.feed_forward import FeedForward
 from moelab.model.head import next_token_loss
+from moelab.model.linear import linear
 from moelab.model.moe import Experts, MoE
 from moelab.model.norm import Norm
 from moelab.model.recomputation import recomputed

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from moelab.experts import triton as triton_backend
-from moelab.model.attention import linear
+from moelab.model.linear import linear
 
 # Tokens whose logits are there at once, by type of device: up to so many they are whole. Each further chunk reads and
 # writes the weight's gradient once more. For CPUs measured (`benchmarks/head.py`, docs/measured.md). For GPUs not yet:

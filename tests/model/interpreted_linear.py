@@ -1,0 +1,93 @@
+"""The products whose backward passes have kernels, interpreted on a CPU; `test_triton.py` runs this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moelab.experts.activation import activate
+from moelab.model import linear as module
+
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # the kernel's GELU is within 2.4e-5
+
+
+def gradients(
+    call: Callable[..., Any], dtype: torch.dtype, sizes: tuple[int, int, int, int], wide: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Outputs, and gradients of x, w and b, for x (B, C, D) and w (O, D)."""
+    batch, length, width, outside = sizes
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((batch, length, width), (outside, width), (outside,))
+    )
+    leaves = [x.to(dtype).requires_grad_(), (w / width**0.5).to(wide).requires_grad_(), b.to(wide).requires_grad_()]
+    found = call(*leaves)
+    found = found if isinstance(found, tuple) else (found,)
+    upstream = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in found]
+    return [t.detach() for t in (*found, *torch.autograd.grad(found, leaves, upstream))]
+
+
+def held(own: list[torch.Tensor], right: list[torch.Tensor], allowed: float) -> None:
+    for one, other in zip(own, right, strict=True):
+        assert (one.double() - other.double()).norm() <= allowed * other.double().norm()
+    assert own[-1].dtype == own[-2].dtype == torch.float32
+
+
+SIZES = [(2, 50, 24, 48), (1, 3, 8, 24), (3, 64, 16, 1032)]  # rows and columns that fill no program, and several
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu2", "silu"])
+def test_an_activated_product_has_the_gradients_of_float64(
+    activation: str, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    own = gradients(lambda x, w, b: module.ActivatedLinear.apply(x, w, b, activation), dtype, sizes)
+    plain = lambda x, w, b: activate(torch.nn.functional.linear(x, w, b), activation)  # type: ignore[arg-type]  # noqa: E731
+    held(own, gradients(plain, torch.float64, sizes, torch.float64), ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "heads"), [((2, 50, 24, 48), 2), ((1, 3, 8, 24), 1), ((2, 40, 16, 1152), 6)], ids=str
+)
+def test_queries_keys_and_values_have_the_gradients_of_float64(
+    sizes: tuple[int, int, int, int], heads: int, dtype: torch.dtype
+) -> None:
+    own = gradients(lambda x, w, b: module.HeadsLinear.apply(x, w, b, heads), dtype, sizes)
+    plain = lambda x, w, b: module._heads(torch.nn.functional.linear(x, w, b), heads)  # noqa: E731
+    held(own, gradients(plain, torch.float64, sizes, torch.float64), ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+def test_a_product_has_the_gradients_of_float64(dtype: torch.dtype) -> None:
+    own = gradients(module.Linear.apply, dtype, SIZES[0])
+    held(own, gradients(torch.nn.functional.linear, torch.float64, SIZES[0], torch.float64), ALLOWED[dtype])
+
+
+def test_gradients_lie_side_by_side_however_they_are_stored() -> None:
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(2, 3, 10, 8, generator=generator) for _ in range(3)]
+    stored = (
+        given,
+        [d.transpose(1, 2).contiguous().transpose(1, 2) for d in given],  # as attention's backward leaves them
+        [given[0], given[1].transpose(1, 2).contiguous().transpose(1, 2), given[2]],
+        [d.mT.contiguous().mT for d in given],
+    )
+    right = torch.stack([d.transpose(1, 2).flatten(2) for d in given], 2).flatten(2)
+    for three in stored:
+        d_qkv, parts = torch.ops.moelab.heads_backward(*three)
+        assert torch.equal(d_qkv, right)
+        torch.testing.assert_close(parts.sum(0), right.sum((0, 1)))
+
+
+def test_a_nan_stays_in_its_token() -> None:
+    z, dh = torch.zeros(70, 40), torch.ones(70, 40)
+    dh[65, 3] = torch.nan
+    dz, parts = torch.ops.moelab.activation_backward(dh, z, "gelu")
+    assert dz.isnan().nonzero().tolist() == [[65, 3]]
+    assert parts.isnan().nonzero().tolist() == [[1, 3]]
