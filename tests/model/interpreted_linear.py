@@ -91,3 +91,12 @@ def test_a_nan_stays_in_its_token() -> None:
     dz, parts = torch.ops.moelab.activation_backward(dh, z, "gelu")
     assert dz.isnan().nonzero().tolist() == [[65, 3]]
     assert parts.isnan().nonzero().tolist() == [[1, 3]]
+
+
+def test_programs_of_long_inputs_sum_more_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._tall(16_383) < module._tall(16_384)
+    monkeypatch.setattr(module, "_tall", lambda _: 256)
+    dh = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
+    dz, parts = torch.ops.moelab.activation_backward(dh, dh, "silu")
+    assert parts.shape == (2, 40)
+    torch.testing.assert_close(parts, torch.stack([dz[:256].sum(0), dz[256:].sum(0)]))

@@ -18,7 +18,7 @@ from moelab.experts.activation import activate
 
 Tensors = tuple[torch.Tensor, ...]
 GATED = "swiglu"
-TALL, COLUMNS = 64, 256  # of a program of the kernels: rows of which it sums, and columns
+COLUMNS = 256  # of a program of the kernels
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -46,6 +46,12 @@ def heads_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, heads
 
 def _compiled(x: torch.Tensor, w: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype in HALF and w.dtype == torch.float32 and torch.compiler.is_compiling()
+
+
+def _tall(tokens: int) -> int:
+    """Rows of which a program of the kernels sums each column: so many that what is left is summed in one kernel, and
+    so few that all multiprocessors have some."""
+    return 256 if tokens >= 16_384 else 64
 
 
 def _plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
@@ -123,11 +129,12 @@ def _gradients(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torc
 def _activation_backward(
     dh: torch.Tensor, z: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dh, z (T, F) → dz (T, F) = dh · act'(z), and the sums of its columns over each `TALL` rows, (parts, F) fp32."""
+    """dh, z (T, F) → dz (T, F) = dh · act'(z), and the sums of its columns over each `_tall` rows, (parts, F) fp32."""
     from moelab.model import linear_kernels as kernels
 
     (tokens, width), dz = z.shape, torch.empty_like(z)
-    parts = torch.empty(-(-tokens // TALL), width, dtype=torch.float32, device=z.device)
+    tall = _tall(tokens)
+    parts = torch.empty(-(-tokens // tall), width, dtype=torch.float32, device=z.device)
     kernels.activation_backward[(-(-width // COLUMNS), len(parts))](
         dh.contiguous(),
         z,
@@ -136,7 +143,7 @@ def _activation_backward(
         tokens,
         width,
         ACTIVATION=activation,
-        TALL=TALL,
+        TALL=tall,
         COLUMNS=COLUMNS,
         num_warps=8,
     )
@@ -145,12 +152,12 @@ def _activation_backward(
 
 @_activation_backward.register_fake
 def _(dh: Any, z: Any, activation: str) -> Tensors:
-    return torch.empty_like(z), z.new_empty(-(-z.shape[0] // TALL), z.shape[1], dtype=torch.float32)
+    return torch.empty_like(z), z.new_empty(-(-z.shape[0] // _tall(z.shape[0])), z.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("moelab::heads_backward", mutates_args=())
 def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, heads, C, head) each → (B, C, 3·D) side by side, and sums of columns over each `TALL` rows, (parts, 3·D)."""
+    """(B, heads, C, head) each → (B, C, 3·D) side by side, and sums of columns over each `_tall` rows, (parts, 3·D)."""
     from moelab.model import linear_kernels as kernels
 
     (batch, heads, length, head), tokens = dq.shape, dq.shape[0] * dq.shape[2]
@@ -158,7 +165,8 @@ def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tup
         dq, dk, dv = (d.contiguous() for d in (dq, dk, dv))
     width = heads * head
     d_qkv = dq.new_empty(batch, length, 3 * width)
-    parts = torch.empty(-(-tokens // TALL), 3 * width, dtype=torch.float32, device=dq.device)
+    tall = _tall(tokens)
+    parts = torch.empty(-(-tokens // tall), 3 * width, dtype=torch.float32, device=dq.device)
     kernels.heads_backward[(-(-width // COLUMNS), len(parts), 3)](
         dq,
         dk,
@@ -170,7 +178,7 @@ def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tup
         width,
         *dq.stride()[:3],
         HEAD=head,
-        TALL=TALL,
+        TALL=tall,
         COLUMNS=COLUMNS,
         num_warps=8,
     )
@@ -180,5 +188,5 @@ def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tup
 @_heads_backward.register_fake
 def _(dq: Any, dk: Any, dv: Any) -> Tensors:
     batch, heads, length, head = dq.shape
-    wide = 3 * heads * head
-    return dq.new_empty(batch, length, wide), dq.new_empty(-(-batch * length // TALL), wide, dtype=torch.float32)
+    wide, parts = 3 * heads * head, -(-batch * length // _tall(batch * length))
+    return dq.new_empty(batch, length, wide), dq.new_empty(parts, wide, dtype=torch.float32)

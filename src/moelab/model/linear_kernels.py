@@ -22,7 +22,7 @@ def activation_backward(
     part = tl.program_id(1)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for first in tl.static_range(0, TALL, AT_ONCE):
+    for first in range(0, TALL, AT_ONCE):
         t = part * TALL + first + tl.arange(0, AT_ONCE)
         mask = (t < tokens)[:, None] & (c < width)[None, :]
         at = t.to(tl.int64)[:, None] * width + c[None, :]
@@ -50,7 +50,7 @@ def heads_backward(
         source = dv
     within = (c // HEAD) * head_stride + c % HEAD
     total = tl.zeros((COLUMNS,), tl.float32)
-    for first in tl.static_range(0, TALL, AT_ONCE):
+    for first in range(0, TALL, AT_ONCE):
         t = part * TALL + first + tl.arange(0, AT_ONCE)
         mask = (t < tokens)[:, None] & (c < width)[None, :]
         row = (t // length).to(tl.int64) * batch_stride + (t % length).to(tl.int64) * token_stride
