@@ -22,7 +22,7 @@ from moelab.bench.parts import PARTS, TimedStep
 from moelab.bench.step import StepBench, bench_step
 from moelab.bench.step_report import draw_step, print_step
 from moelab.cli import main
-from moelab.config import ModelConfig, MoEConfig, TrainingConfig, UsageError
+from moelab.config import ModelConfig, MoEConfig, RunConfig, TrainingConfig, UsageError
 from moelab.meters import count_parameters, flops_per_token
 from moelab.model import GPT
 from moelab.presets import PRESETS, arm_model
@@ -173,6 +173,19 @@ def test_what_was_timed_before_a_signal_is_written(
     assert results["stopped"]
     found = [(row.get("arm", row.get("width")), row["backend"]) for row in results["rows"] if "reason" not in row]
     assert [row for row in found if row[1] != "dense twin"] == timed
+
+
+def test_the_micro_batch_is_one_that_every_backend_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def split(runs: list[RunConfig], *_: object) -> TrainingConfig:
+        asked.extend(run.model.moe.backend for run in runs if run.model.moe is not None)
+        raise UsageError("memory = 0: too little")
+
+    monkeypatch.setattr(step_module, "split_step", split)
+    found = bench_step(replace(SMALL, backends=("auto", "megablocks")))
+    assert asked == ["auto", "megablocks"]
+    assert {row["reason"] for row in found["rows"]} == {"memory = 0: too little"}
 
 
 def test_without_parts_nothing_is_compiled_for_them_and_they_are_not_shown(

@@ -172,7 +172,9 @@ def _size(
             runs[arm] = _run(size, arm, settings)
         except UsageError as refused:  # as moe-matched where K does not divide the hidden size
             runs[arm] = str(refused)
-    training = _training([run for run in runs.values() if isinstance(run, RunConfig)], settings, device, dtype)
+    whole = [run for run in runs.values() if isinstance(run, RunConfig)]
+    timed = [replace(run, model=_with_backend(run.model, backend)) for run in whole for backend in settings.backends]
+    training = _training(timed, settings, device, dtype)
     for arm, run in runs.items():
         has_experts = isinstance(run, RunConfig) and run.model.moe is not None
         for backend in settings.backends if has_experts else (None,):

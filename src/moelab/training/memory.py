@@ -216,8 +216,8 @@ def split_step(
 
 
 def _with_its_backend(run: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
-    """The run with the name of the backend that it would have on a device."""
-    if run.model.moe is None:
+    """The run with the name of the backend that "auto" is on a device."""
+    if run.model.moe is None or run.model.moe.backend != "auto":
         return run
     backend = backend_of(run.model, device, dtype, run.training.deterministic).backend
     return replace(run, model=replace(run.model, moe=replace(run.model.moe, backend=backend)))
