@@ -108,11 +108,16 @@ def kernels(settings: Benchmark, device: torch.device) -> dict[str, Kernel]:
 
 
 def check(settings: Benchmark, device: torch.device) -> float:
-    """The worst relative error of a small layer's output and gradients against float64."""
+    """The worst relative error of a layer's output and gradients against float64, without clusters and with them."""
+    many = hopper.LOWEST * settings.experts // settings.top_k + 77
+    return max(_error(settings, tokens, device) for tokens in (700, many))
+
+
+def _error(settings: Benchmark, tokens: int, device: torch.device) -> float:
     draw = partial(torch.randn, device=device)
     width, hidden, experts = settings.width, round(settings.multiple * settings.width), settings.experts
-    x, weights = draw(700, width), torch.rand(700, settings.top_k, device=device)
-    indices = torch.rand(700, experts, device=device).topk(settings.top_k).indices
+    x, weights = draw(tokens, width), torch.rand(tokens, settings.top_k, device=device)
+    indices = torch.rand(tokens, experts, device=device).topk(settings.top_k).indices
     parameters = [
         draw(experts, hidden, width),
         draw(experts, width, hidden),
