@@ -54,6 +54,11 @@ def _tall(tokens: int) -> int:
     return 256 if tokens >= 16_384 else 64
 
 
+def _room(like: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
+    """For the sums of columns over each `_tall` rows, (parts, width) fp32."""
+    return like.new_empty(-(-tokens // _tall(tokens)), width, dtype=torch.float32)
+
+
 def _plain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
 
@@ -71,7 +76,7 @@ class Linear(torch.autograd.Function):
         cast = w.to(x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.biased = b is not None
-        return F.linear(x, cast, None if b is None else b.to(x.dtype))
+        return _plain(x, cast, b)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -86,7 +91,7 @@ class ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, activation: Activation) -> torch.Tensor:
         cast = w.to(x.dtype)
-        z = F.linear(x, cast, b.to(x.dtype))
+        z = _plain(x, cast, b)
         ctx.save_for_backward(x, cast, z)
         ctx.activation = activation
         return activate(z, activation)
@@ -106,7 +111,7 @@ class HeadsLinear(torch.autograd.Function):
         cast = w.to(x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.biased = b is not None
-        return _heads(F.linear(x, cast, None if b is None else b.to(x.dtype)), heads)
+        return _heads(_plain(x, cast, b), heads)
 
     @staticmethod
     def backward(
@@ -133,26 +138,17 @@ def _activation_backward(
     from moelab.model import linear_kernels as kernels
 
     (tokens, width), dz = z.shape, torch.empty_like(z)
-    tall = _tall(tokens)
-    parts = torch.empty(-(-tokens // tall), width, dtype=torch.float32, device=z.device)
+    parts = _room(z, tokens, width)
     kernels.activation_backward[(-(-width // COLUMNS), len(parts))](
-        dh.contiguous(),
-        z,
-        dz,
-        parts,
-        tokens,
-        width,
-        ACTIVATION=activation,
-        TALL=tall,
-        COLUMNS=COLUMNS,
-        num_warps=8,
-    )
+        dh.contiguous(), z, dz, parts, tokens, width,
+        ACTIVATION=activation, TALL=_tall(tokens), COLUMNS=COLUMNS, num_warps=8,
+    )  # fmt: skip
     return dz, parts
 
 
 @_activation_backward.register_fake
 def _(dh: Any, z: Any, activation: str) -> Tensors:
-    return torch.empty_like(z), z.new_empty(-(-z.shape[0] // _tall(z.shape[0])), z.shape[1], dtype=torch.float32)
+    return torch.empty_like(z), _room(z, *z.shape)
 
 
 @torch.library.custom_op("moelab::heads_backward", mutates_args=())
@@ -165,28 +161,16 @@ def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tup
         dq, dk, dv = (d.contiguous() for d in (dq, dk, dv))
     width = heads * head
     d_qkv = dq.new_empty(batch, length, 3 * width)
-    tall = _tall(tokens)
-    parts = torch.empty(-(-tokens // tall), 3 * width, dtype=torch.float32, device=dq.device)
+    parts = _room(dq, tokens, 3 * width)
     kernels.heads_backward[(-(-width // COLUMNS), len(parts), 3)](
-        dq,
-        dk,
-        dv,
-        d_qkv,
-        parts,
-        tokens,
-        length,
-        width,
-        *dq.stride()[:3],
-        HEAD=head,
-        TALL=tall,
-        COLUMNS=COLUMNS,
-        num_warps=8,
-    )
+        dq, dk, dv, d_qkv, parts, tokens, length, width, *dq.stride()[:3],
+        HEAD=head, TALL=_tall(tokens), COLUMNS=COLUMNS, num_warps=8,
+    )  # fmt: skip
     return d_qkv, parts
 
 
 @_heads_backward.register_fake
 def _(dq: Any, dk: Any, dv: Any) -> Tensors:
     batch, heads, length, head = dq.shape
-    wide, parts = 3 * heads * head, -(-batch * length // _tall(batch * length))
-    return dq.new_empty(batch, length, wide), dq.new_empty(parts, wide, dtype=torch.float32)
+    wide = 3 * heads * head
+    return dq.new_empty(batch, length, wide), _room(dq, batch * length, wide)

@@ -129,9 +129,10 @@ class _Block:
             return steps * model.hidden_size * size
         hidden, k, moe = model.expert_hidden_size, self.moe.top_k, self.moe
         routing = 12 * moe.experts + k * (8 + 4 + 3 * 8)
-        experts = k * (steps * hidden + 2 * model.width) * size  # with the sorted rows of tokens and of outputs
-        if moe.backend in BACKENDS and getattr(BACKENDS[moe.backend], "RECOMPUTES", False):
+        if getattr(BACKENDS.get(moe.backend), "RECOMPUTES", False):
             experts = k * inner_size(model.activation, hidden) * size
+        else:
+            experts = k * (steps * hidden + 2 * model.width) * size  # with the sorted rows of tokens and of outputs
         shared = steps * moe.shared_experts * hidden * size
         # On CPUs the router's input is cast; the cast takes its place where no product of shared experts reads it too.
         in_fp32 = (4 if moe.shared_experts else 4 - size) * model.width if self.on_cpu and size < 4 else 0
