@@ -129,7 +129,6 @@ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
 inline void stores_issued() {}
 inline void stores_read() {}
 
-inline void tensor_fetch(const TensorMap&, int, int) {}
 inline void tensor_prefetch(const TensorMap&) {}
 
 template <int COUNT> void fewer_registers() {}

@@ -197,7 +197,7 @@ template <int SLOPE> __device__ inline void activate_tiles(const Given& given, T
 }
 
 template <int SLOPE>
-__device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_map, const TensorMap& z_map, const Given& given) {
+__device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_map, const Given& given) {
     const int across = (given.outside + COLUMNS - 1) / COLUMNS, role = static_cast<int>(threadIdx.x) / 128;
     if (threadIdx.x == 0)
         for (int half = 0; half < 2; ++half) {
@@ -211,10 +211,7 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
         Loader<SLOPE> loader(rows_map, w_map, tiles, given.inside, given.outside);
         const auto load = [&] {
             if (threadIdx.x == 128)
-                loader.load([&](const Tile& tile) {
-                    for (int i = 0; SLOPE && i < 8; ++i)  // wanted a tile later
-                        tensor_fetch(z_map, tile.column + i / 2 * 64, tile.start + i % 2 * 64);
-                });
+                loader.load();
             __syncwarp();
         };
         for (int stage = 0; stage < STAGES; ++stage) load();
@@ -239,18 +236,18 @@ __device__ inline void activated(const TensorMap& rows_map, const TensorMap& w_m
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
 up(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside, const Element* bias,
    Element* z, Element* h) {
-    activated<0>(rows_map, w_map, rows_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
+    activated<0>(rows_map, w_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
                  static_cast<int>(outside), bias, z, h, nullptr, nullptr, nullptr, nullptr, nullptr});
 }
 
 // d_h (N, outside) = d_rows (N, inside) · w[e], w[e] (inside, outside), is of rows without their weights (T, K), and is not
 // stored. d_z (N, outside) = weight · d_h · act'(z + bias), h = weight · act(z + bias), and of ⟨d_h, act(z + bias)⟩ the part of
 // each tile across, partial (N, tiles); and where sums is not 0, those of the rows of d_z of each 128 of an expert's rows,
-// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by 64, w and z 64 by 64.
+// (parts, outside). inside is a multiple of 64, outside of 128. Boxes: rows 128 by 64, w 64 by 64.
 extern "C" __global__ void CLUSTER __launch_bounds__(384, 1)
-slope(MAP rows_map, MAP w_map, MAP z_map, const int* offsets, long long experts, long long inside, long long outside,
+slope(MAP rows_map, MAP w_map, const int* offsets, long long experts, long long inside, long long outside,
       const Element* bias, const Element* z, Element* d_z, Element* h, const float* weights, const int* slot_of_row,
       float* partial, float* sums) {
-    activated<1>(rows_map, w_map, z_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
+    activated<1>(rows_map, w_map, {offsets, static_cast<int>(experts), static_cast<int>(inside),
                  static_cast<int>(outside), bias, const_cast<Element*>(z), h, d_z, weights, slot_of_row, partial, sums});
 }

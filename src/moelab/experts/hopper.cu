@@ -18,7 +18,7 @@ __device__ inline void product(const TensorMap& rows_map, const TensorMap& w_map
         fewer_registers<40>();
         if (threadIdx.x == 0) {
             Loader<ACROSS> loader(rows_map, w_map, tiles, inside, outside);
-            while (loader.load([](const Tile&) {})) {}
+            while (loader.load()) {}
         }
     } else {
         more_registers<232>();

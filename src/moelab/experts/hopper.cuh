@@ -117,11 +117,6 @@ __device__ inline void tensor_load_all(const TensorMap& map, Address to, int x, 
 #endif
 }
 
-// Brings a box into the second-level cache.
-__device__ inline void tensor_fetch(const TensorMap& map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(&map), "r"(x), "r"(y) : "memory");
-}
-
 // A box from shared memory; rows and columns outside the tensor are not stored.
 __device__ inline void tensor_store(const TensorMap& map, Address from, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"

@@ -179,7 +179,7 @@ class Products:
         parts = count // ROWS + len(self.offsets)  # as many as there may be
         sums = None if bias is None else weights.new_empty(parts, outside)
         if count > 0:
-            maps = self.launch.map(d_rows, ROWS), self.launch.map(w.flatten(0, 1), 64), self.launch.map(z, 64)
+            maps = self.launch.map(d_rows, ROWS), self.launch.map(w.flatten(0, 1), 64)
             sizes = len(self.offsets), inside, outside
             self._run(
                 _activated(self._blocks(count), activation), "slope", *maps, self.offsets.data_ptr(), *sizes,

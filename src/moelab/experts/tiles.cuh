@@ -160,12 +160,11 @@ template <int ACROSS> struct Loader {
         tensor_prefetch(w_map);
     }
 
-    // Loads the next block, as soon as there is a stage for it; false if there is none. start(tile): a tile begins.
-    template <class Start> __device__ bool load(Start start) {
+    // Loads the next block, as soon as there is a stage for it; false if there is none.
+    __device__ bool load() {
         if (k == inside) {
             if (!tiles.next(tile)) return false;
             k = 0;
-            start(tile);
         }
         const Turn turn(n);
         const Address there = full(turn.stage), matrix = right(turn.stage);
