@@ -103,6 +103,7 @@ def test_every_kernel_compiles(
     head.softmax_kernel(x.new_zeros(2, 50_304), indices[:2, 0].contiguous())
     torch.ops.moelab.activation_backward(x, x, "gelu")
     torch.ops.moelab.heads_backward(*x.view(2, 4, 64, 256).expand(3, -1, -1, -1, -1))
+    torch.ops.moelab.norm_backward(x, x, x, x[0].float(), True)
     p, one = torch.nn.Parameter(torch.zeros(100)), torch.ones(())
     p.grad = torch.zeros(100)
     for moments, found_inf in ((torch.bfloat16, None), (torch.float32, one)):
@@ -111,6 +112,6 @@ def test_every_kernel_compiles(
     launches = {
         "count", "place", "product", "combine", "slot_gradient", "weight_gradient", "sum_parts", "bias_parts",
         "sum_bias_parts", "route", "logits_gradient", "route_backward", "loss_and_gradient",
-        "adamw", "activation_backward", "heads_backward",
+        "adamw", "activation_backward", "heads_backward", "norm_backward",
     }  # fmt: skip
     assert set(compiled) == launches, importlib.metadata.version("triton")

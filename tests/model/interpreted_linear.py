@@ -1,15 +1,19 @@
-"""The products whose backward passes have kernels, interpreted on a CPU; `test_triton.py` runs this file."""
+"""Products and norms whose backward passes have kernels, interpreted on a CPU; `test_triton.py` runs this file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from moelab.config import ModelConfig
 from moelab.experts.activation import activate
 from moelab.model import linear as module
+from moelab.model import norm
+from moelab.model.gpt import Block
 
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # the kernel's GELU is within 2.4e-5
 
@@ -100,3 +104,52 @@ def test_programs_of_long_inputs_sum_more_rows(monkeypatch: pytest.MonkeyPatch) 
     dz, parts = torch.ops.moelab.activation_backward(dh, dh, "silu")
     assert parts.shape == (2, 40)
     torch.testing.assert_close(parts, torch.stack([dz[:256].sum(0), dz[256:].sum(0)]))
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("shape", [(2, 50, 24), (1, 1, 8), (3, 64, 1032)], ids=str)
+def test_a_norm_beside_its_input_has_the_gradients_of_float64(
+    shape: tuple[int, int, int], kind: str, dtype: torch.dtype
+) -> None:
+    def found(call: Callable[..., Any], dtype: torch.dtype, wide: torch.dtype) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x = (3 * torch.randn(shape, generator=generator) + 1).bfloat16()
+        vectors = [torch.randn(shape[2], generator=generator).bfloat16().to(wide) for _ in range(3)]
+        leaves = [t.requires_grad_() for t in (x.to(dtype), *vectors[: 2 if kind == "rmsnorm" else 3])]
+        upstream = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for _ in range(2)]
+        both = call(*leaves)
+        return [t.detach() for t in (*both, *torch.autograd.grad(both, leaves, upstream))]
+
+    def own(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return norm.Fork.apply(x + added.detach().to(x.dtype), weight, bias, added, kind)
+
+    def plain(x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        return x + added, norm._norm(x + added, weight, bias, kind)
+
+    held(found(own, dtype, torch.float32), found(plain, torch.float64, torch.float64), ALLOWED[dtype])
+
+
+@pytest.mark.parametrize("change", [{}, {"norm": "rmsnorm"}, {"bias": False, "activation": "swiglu"}], ids=str)
+def test_a_compiled_block_gives_every_parameter_its_gradient(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = Block(replace(ModelConfig(layers=1, heads=2, width=32, context=24, vocabulary=64), **change), 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
+    x, upstream = (torch.randn(2, 24, 32, generator=generator) for _ in range(2))
+
+    def results(block: Callable[..., Any]) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        y, _ = block(leaf, 0, None)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *parameters], upstream)]
+
+    parameters = list(block.parameters())
+    plain = results(block)
+    for used in (module, norm):
+        monkeypatch.setattr(used, "own_backward", lambda *_: torch.compiler.is_compiling())
+    torch.compiler.reset()
+    for one, other in zip(results(torch.compile(block, backend="aot_eager", fullgraph=True)), plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ from torch import nn
 
 from moelab.config import ModelConfig
 from moelab.model.linear import heads_linear, linear
+from moelab.model.norm import left_to_fork
 
 
 class KVCache:
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         self.b_out = nn.Parameter(torch.empty(width)) if config.bias else None
 
     def forward(self, x_BCD: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
-        """(B, C, D) → (B, C, D); `first` is the position of the first of the C tokens."""
+        """(B, C, D) → (B, C, D); `first` is the position of the first of the C tokens. b_out is `left_to_fork`."""
         batch, length, width = x_BCD.shape
         q, k, v = heads_linear(x_BCD, self.w_qkv, self.b_qkv, self.heads)
         if self.rotary:
@@ -54,7 +55,8 @@ class Attention(nn.Module):
         if x_BCD.device.type == "cpu":  # PyTorch's CPU kernel is 3 times slower backward in bf16 than in fp32
             q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first == 0).to(x_BCD.dtype)
-        return linear(mixed.transpose(1, 2).reshape(batch, length, width), self.w_out, self.b_out)
+        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+        return linear(mixed, self.w_out, left_to_fork(mixed, self.b_out))
 
 
 def rotate(x: torch.Tensor, first: int) -> torch.Tensor:

@@ -68,13 +68,14 @@ class Block(nn.Module):
 
     def attend(self, x: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
         """The first half."""
-        mixed: torch.Tensor = self.attention(self.attention_norm(x), first, cache)
+        x, normed = self.attention_norm.fork(x)
+        mixed: torch.Tensor = self.attention(normed, first, cache)
         return x + mixed
 
     def feed(self, x: torch.Tensor) -> tuple[torch.Tensor, Routed | None]:
         """The second half."""
-        y = self.feed_forward(self.feed_forward_norm(x))
-        routed = None
+        x, normed = self.feed_forward_norm.fork(x, self.attention.b_out)
+        y, routed = self.feed_forward(normed), None
         if isinstance(self.feed_forward, MoE):
             y, routed = y
         return x + y, routed

@@ -8,7 +8,7 @@ bits and on a GPU, the functions here do without; everywhere else they are plain
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +18,29 @@ from moelab.experts.activation import activate
 
 Tensors = tuple[torch.Tensor, ...]
 GATED = "swiglu"
-COLUMNS = 256  # of a program of the kernels
+
+
+class Tile(NamedTuple):
+    """What a program of a kernel takes at once (`benchmarks/passes.py` times others)."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+ACTIVATION, HEADS = Tile(4, 256, 8), Tile(32, 256, 4)
 HALF = (torch.bfloat16, torch.float16)
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     """x @ w.T + b in x's dtype: the fp32 master weight is cast here, where it is used."""
-    y: torch.Tensor = Linear.apply(x, w, b) if _compiled(x, w) else _plain(x, w, b)
+    y: torch.Tensor = Linear.apply(x, w, b) if own_backward(x, w) else _plain(x, w, b)
     return y
 
 
 def activated_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     """act(x @ w.T + b), see `linear` and `activate`."""
-    if not _compiled(x, w) or b is None or activation == GATED:
+    if not own_backward(x, w) or b is None or activation == GATED:
         return activate(linear(x, w, b), activation)
     h: torch.Tensor = ActivatedLinear.apply(x, w, b, activation)
     return h
@@ -38,20 +48,20 @@ def activated_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, a
 
 def heads_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, heads: int) -> Tensors:
     """Queries, keys and values, (B, heads, C, head) each, of x (B, C, D) and one weight (3·D, D)."""
-    if not _compiled(x, w):
+    if not own_backward(x, w):
         return _heads(_plain(x, w, b), heads)
     found: Tensors = HeadsLinear.apply(x, w, b, heads)
     return found
 
 
-def _compiled(x: torch.Tensor, w: torch.Tensor) -> bool:
+def own_backward(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether the functions here, and `Norm.fork`, have backward passes of their own."""
     return x.is_cuda and x.dtype in HALF and w.dtype == torch.float32 and torch.compiler.is_compiling()
 
 
 def _tall(tokens: int) -> int:
-    """Rows of which a program of the kernels sums each column: so many that what is left is summed in one kernel, and
-    so few that all multiprocessors have some."""
-    return 256 if tokens >= 16_384 else 64
+    """Rows of which a program of the kernels sums each column: so few that all multiprocessors have some."""
+    return 128 if tokens >= 16_384 else 64
 
 
 def _room(like: torch.Tensor, tokens: int, width: int) -> torch.Tensor:
@@ -139,9 +149,10 @@ def _activation_backward(
 
     (tokens, width), dz = z.shape, torch.empty_like(z)
     parts = _room(z, tokens, width)
-    kernels.activation_backward[(-(-width // COLUMNS), len(parts))](
+    kernels.activation_backward[(-(-width // ACTIVATION.columns), len(parts))](
         dh.contiguous(), z, dz, parts, tokens, width,
-        ACTIVATION=activation, TALL=_tall(tokens), COLUMNS=COLUMNS, num_warps=8,
+        ACTIVATION=activation, TALL=_tall(tokens), ROWS=ACTIVATION.rows, COLUMNS=ACTIVATION.columns,
+        num_warps=ACTIVATION.warps,
     )  # fmt: skip
     return dz, parts
 
@@ -162,9 +173,9 @@ def _heads_backward(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tup
     width = heads * head
     d_qkv = dq.new_empty(batch, length, 3 * width)
     parts = _room(dq, tokens, 3 * width)
-    kernels.heads_backward[(-(-width // COLUMNS), len(parts), 3)](
+    kernels.heads_backward[(-(-width // HEADS.columns), len(parts), 3)](
         dq, dk, dv, d_qkv, parts, tokens, length, width, *dq.stride()[:3],
-        HEAD=head, TALL=_tall(tokens), COLUMNS=COLUMNS, num_warps=8,
+        HEAD=head, TALL=_tall(tokens), ROWS=HEADS.rows, COLUMNS=HEADS.columns, num_warps=HEADS.warps,
     )  # fmt: skip
     return d_qkv, parts
 
