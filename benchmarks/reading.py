@@ -7,6 +7,7 @@ with the scores of its runs. What is not there is said to be missing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Stored:
         """Over the runs of equal tokens."""
         found = estimate(measured(self.arms[arm], figure))
         return found.mean if found else None
+
+    def by_seed(self, arm: str, figure: str) -> dict[int, float]:
+        """Of each run of equal tokens."""
+        runs = [run for run in self.arms[arm]["runs"] if run["budget"] == "tokens"]
+        return {run["seed"]: run[figure] for run in runs if run.get(figure) is not None}
 
     def score(self, arm: str, figure: str) -> float | None:
         """Of WikiText-103's test split, over the runs that were scored; None unless all were."""
@@ -157,10 +163,31 @@ def _where_it_won(stored: Sequence[Stored]) -> list[str]:
     text = (
         "Difference of the loss on the held-out text, with its 95 % interval over the seeds in brackets. *read off*: "
         "the dearer arm's loss is its curve's where the cheaper arm ended; its learning rate had not come down there, "
-        "which flatters the cheaper arm."
+        "which flatters the cheaper arm. Of one seed it is said which loss was lower and not who won."
     )
     headings = ["size", "arm", "against", "at equal tokens", "at equal training FLOPs", "in equal training time"]
-    return ["## Where the experts won", text, _table(headings, rows)]
+    return ["## Where the experts won", text, _table(headings, rows), *_size_alone(stored)]
+
+
+def _size_alone(stored: Sequence[Stored]) -> list[str]:
+    """Whether a larger dense model is the better one on so many tokens: of what experts add, that much is size."""
+    gained: dict[bool, list[str]] = {True: [], False: []}
+    for one in stored:
+        dense, wide = (one.mean(arm, "val_loss") if arm in one.arms else None for arm in ("dense", "dense-wide"))
+        if dense is not None and wide is not None:
+            gained[wide < dense].append(f"{one.name} ({signed(wide - dense)})")
+    words = []
+    if gained[True]:
+        words.append(
+            "The loss of `dense-wide`, which is as large as the active part of moe, is below dense's at "
+            f"{', '.join(gained[True])}."
+        )
+    if gained[False]:
+        words.append(
+            f"`dense-wide`'s is not below dense's at {', '.join(gained[False])}: on these tokens and at this learning "
+            "rate a larger dense model is not a better one there."
+        )
+    return [" ".join(words)] if words else []
 
 
 def _verdict(entry: dict[str, Any] | None) -> str:
@@ -173,7 +200,8 @@ def _verdict(entry: dict[str, Any] | None) -> str:
     elif round(difference, 3) == 0:
         words = "the same to 0.001"
     else:
-        words = f"**{'won' if difference < 0 else 'lost'}**, {signed(difference)}"
+        seeds = ("won", "lost") if entry["ci95"] else ("lower", "higher")
+        words = f"**{seeds[difference > 0]}**, {signed(difference)}"
     return words + interval + (", *read off*" if entry["interpolated"] else "")
 
 
@@ -231,8 +259,11 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     for name, by_rate in groups.items():
         best = {}
         for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms):
-            losses = {rate: one.mean(arm, "val_loss") for rate, one in by_rate.items() if arm in one.arms}
-            known = {rate: loss for rate, loss in losses.items() if loss is not None}
+            by_seed = {rate: one.by_seed(arm, "val_loss") for rate, one in by_rate.items() if arm in one.arms}
+            common = set.intersection(*map(set, by_seed.values()))
+            known = {
+                rate: math.fsum(of[seed] for seed in common) / len(common) for rate, of in by_seed.items() if common
+            }
             if len(known) < 2:
                 continue
             best[arm] = min(known.items(), key=lambda entry: entry[1])
@@ -246,7 +277,8 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     if not rows:
         return []
     text = (
-        "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds there are. An "
+        "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds that were run "
+        "at all of them. An "
         "arm whose rate is far from its best is the commonest unfair comparison. The best is chosen on the held-out "
         "text that it is reported on, for every arm alike."
     )

@@ -115,10 +115,11 @@ def test_nothing_that_was_not_run_is_a_number(tmp_path: Path) -> None:
     ("figures", "said"),
     [
         ({"difference": -0.054, "ci95": [-0.09, -0.018]}, "**won**, −0.054 (−0.090 to −0.018)"),
-        ({"difference": 0.021, "ci95": None}, "**lost**, +0.021"),
+        ({"difference": 0.021, "ci95": [0.01, 0.032]}, "**lost**, +0.021 (+0.010 to +0.032)"),
+        ({"difference": 0.021, "ci95": None}, "**higher**, +0.021"),
         ({"difference": -0.02, "ci95": [-0.05, 0.01]}, "no difference shown, −0.020 (−0.050 to +0.010)"),
         ({"difference": -0.0002, "ci95": None}, "the same to 0.001"),
-        ({"difference": -0.03, "ci95": None, "interpolated": True}, "**won**, −0.030, *read off*"),
+        ({"difference": -0.03, "ci95": None, "interpolated": True}, "**lower**, −0.030, *read off*"),
         ({"difference": None, "ci95": None}, "not measured"),
     ],
 )
@@ -126,6 +127,15 @@ def test_who_won_is_said_of_each_budget(tmp_path: Path, figures: dict[str, Any],
     entries = [entry("moe", "tokens", **({"interpolated": False} | figures))]
     text = page(tmp_path, {"5m": stored("5m", 1.0, comparisons=entries)})
     assert f"| 5m | moe | dense | {said} | not measured | not measured |" in text
+
+
+def test_where_size_alone_did_not_pay_is_said(tmp_path: Path) -> None:
+    entries = [entry("moe", "tokens", difference=0.1, ci95=None, interpolated=False)]
+    sizes = {size: stored(size, 1.0, comparisons=entries) for size in ("5m", "40m")}
+    sizes["40m"]["arms"]["dense-wide"]["runs"][0]["val_loss"] = law(FLOPS["40m"] * TOKENS) + 0.05
+    text = page(tmp_path, sizes)
+    assert f"below dense's at 5m (−{law(FLOPS['5m'] * TOKENS) - law(FLOPS['5m'] * TOKENS * WIDER):.3f})." in text
+    assert "`dense-wide`'s is not below dense's at 40m (+0.050):" in text
 
 
 @pytest.mark.parametrize(
@@ -145,6 +155,8 @@ def test_arms_are_compared_at_the_best_of_their_learning_rates(tmp_path: Path) -
     sizes["5m-lr1e-3"]["training"]["learning_rate"] = 1e-3
     for run in sizes["5m-lr1e-3"]["arms"]["dense"]["runs"]:
         run["val_loss"] += 1
+    for arm in sizes["5m"]["arms"].values():  # a seed that was run at one rate alone, and does not count
+        arm["runs"].append(arm["runs"][0] | {"seed": 1, "val_loss": 9.0})
     for name, results in sizes.items():
         (tmp_path / name).mkdir()
         write_aside(tmp_path / name / "results.json", json.dumps(results))
