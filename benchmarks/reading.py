@@ -15,9 +15,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scaling import FEWEST, Point, PowerLaw, fit
 
 from moelab.compare import Comparison
+from moelab.compare.figures import MARKERS
 from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture, new_figure
 from moelab.compare.results import measured
 from moelab.compare.statistics import estimate
@@ -26,6 +28,7 @@ from moelab.training.loop import write_aside
 
 WIKITEXT = "wikitext-103.json"
 RATE = "-lr"  # before a learning rate, in the name of a size at another one
+ARMS = ("dense", "moe", "dense-wide", "moe-matched")  # in the order of the reports, which gives them their colours
 PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
 BUDGETS = ("tokens", "flops", "seconds")
 GOAL = ("124m", 0.7)
@@ -370,7 +373,7 @@ def _picture_name(group: tuple[int, int]) -> str:
 
 
 def _picture(fits: Fits, group: tuple[int, int], law: PowerLaw) -> Picture:
-    """Dense runs, their law, dashed where it leaves their range, and the runs with experts."""
+    """Every run, and the law of the dense ones, dashed where it leaves their range; dense has its size's name."""
     with matplotlib.rc_context(STYLE):
         figure = new_figure(3.4)
         axes = figure.subplots()
@@ -379,18 +382,26 @@ def _picture(fits: Fits, group: tuple[int, int], law: PowerLaw) -> Picture:
         for low, high, line in ((*law.range, "-"), (law.range[1], min(max(reach), 20 * law.range[1]), "--")):
             place = np.geomspace(low, max(low, high), 200)
             axes.plot(place, [law.loss(c) for c in place], color=ARM_COLOURS[0], linestyle=line, linewidth=1.2)
-        sides = ((fits.dense[group], "o", "left", (5, 3)), (fits.experts[group], "s", "right", (-6, -6)))
-        for index, (kind, marker, side, apart) in enumerate(sides):
-            for point in kind:
-                axes.plot(point.compute, point.loss, marker, color=ARM_COLOURS[index])
+        arms = list(dict.fromkeys(point.name.rpartition(" ")[2] for point in points))
+        for arm in sorted(arms, key=ARMS.index):
+            own, index = [point for point in points if point.name.endswith(f" {arm}")], ARMS.index(arm)
+            place, losses = [point.compute for point in own], [point.loss for point in own]
+            axes.plot(place, losses, MARKERS[index], color=ARM_COLOURS[index], markersize=6, label=arm)
+        for point in fits.dense[group]:
+            size, _, arm = point.name.rpartition(" ")
+            if arm == ARMS[0]:
                 axes.annotate(
-                    point.name, (point.compute, point.loss), xytext=apart, textcoords="offset points", fontsize=8,
-                    color=ARM_COLOURS[index], ha=side,
+                    size, (point.compute, point.loss), xytext=(-2, -14), textcoords="offset points", fontsize=8,
+                    color=LIGHT["muted"], ha="right",
                 )  # fmt: skip
+        axes.legend(frameon=False)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda c, _: f"{c / 1e15:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.2, y=0.1)
         axes.grid(visible=False, which="minor")
-        axes.set_xlabel("training FLOPs")
+        axes.set_xlabel("training FLOPs, PFLOP")
         axes.set_ylabel("loss, nats per token")
         axes.spines["bottom"].set_color(LIGHT["muted"])
     return Picture("compute", "Loss over training compute", "", figure)

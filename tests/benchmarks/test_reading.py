@@ -85,7 +85,8 @@ def test_the_page_says_what_the_loss_is_worth_and_where_that_is_extrapolated(tmp
     assert worth(text, "350m moe").startswith("more than 1.00 ×; extrapolated: 1.80 × by the fit")
     assert "fitted to 8 runs from 4.92 PFLOP to 178 PFLOP" in text
     assert "L(C) = 2.200 + " in text
-    assert (tmp_path / f"compute-1024-{TOKENS}.svg").read_text().count("350m moe") == 1
+    picture = (tmp_path / f"compute-1024-{TOKENS}.svg").read_text()
+    assert all(picture.count(f">{words}<") == 1 for words in (*FLOPS, "dense", "moe", "dense-wide"))
 
 
 def test_a_loss_under_the_floor_is_beyond_every_dense_compute(tmp_path: Path) -> None:
