@@ -1,4 +1,4 @@
-"""The backward passes of `model/linear.py` and `model/norm.py` by the tiles that a program takes.
+"""The backward passes of `model/linear.py`, `norm.py` and `fused_router.py` by the tiles that a program takes.
 
     python benchmarks/passes.py [--presets 5m 40m 124m 350m] [--sequences 32] [--passes norm] [--json FILE]
 
@@ -23,12 +23,13 @@ import tyro
 
 from moelab.bench.clock import captured, wall_ms
 from moelab.device import environment, resolve_device
-from moelab.model import linear, linear_kernels, norm, norm_kernels
+from moelab.model import fused_router, linear, linear_kernels, norm, norm_kernels, router_kernels
 from moelab.presets import preset
 
 ACROSS = {"tall": (128, 256), "rows": (4, 8, 16, 32), "columns": (256, 512), "warps": (4, 8)}  # of linear's
 ALONG = {"tall": (16, 32, 64, 128, 256), "rows": (1, 2, 4), "warps": (1, 2, 4, 8)}  # of the norm's
-TIMES = 8  # in a graph
+ROUTED = {"programs": (512, 1024, 2048, 4096), "rows": (16, 32, 64), "columns": (64, 128, 256), "warps": (2, 4, 8)}
+TIMES, EXPERTS = 8, 8  # in a graph; of the router
 Tile = dict[str, int]
 Two = tuple[torch.Tensor, torch.Tensor]
 
@@ -39,7 +40,7 @@ class Benchmark:
 
     presets: tuple[str, ...] = ("5m", "40m", "124m", "350m")
     """Sizes, whose context, heads, width and hidden size are taken."""
-    passes: tuple[str, ...] = ("activation", "heads", "norm")
+    passes: tuple[str, ...] = ("activation", "heads", "norm", "router")
     sequences: int = 32
     """Sequences of a micro-batch."""
     rounds: int = 5
@@ -71,8 +72,10 @@ def passes(name: str, settings: Benchmark, device: torch.device) -> dict[str, Pa
     weight = torch.randn(width, generator=g, device=device)
     three = torch.randn(3, settings.sequences, model.context, width, generator=g, device=device).bfloat16()
     dq, dk, dv = three.unflatten(3, (model.heads, -1)).transpose(2, 3).unbind(0)
+    w, d_logits = (torch.randn(n, m, generator=g, device=device) for n, m in ((EXPERTS, width), (tokens, EXPERTS)))
+    routed = d_passed.float().addmm(d_logits, w).bfloat16(), (d_logits.T @ x.float())[None]
     out = z.new_empty(max(hidden, 3 * width) * tokens)
-    sums = z.new_empty(tokens // min(ALONG["tall"]) * hidden, dtype=torch.float32)
+    sums = z.new_empty(tokens // 16 * max(hidden, EXPERTS * width), dtype=torch.float32)
 
     def room(tile: Tile, shape: tuple[int, ...], columns: int) -> Two:
         programs = -(-tokens // tile["tall"])
@@ -102,6 +105,16 @@ def passes(name: str, settings: Benchmark, device: torch.device) -> dict[str, Pa
         )  # fmt: skip
         return dx, parts
 
+    def router(tile: Tile) -> Two:
+        span = fused_router.span(tokens, tile["programs"], -(-width // tile["columns"]), tile["rows"])
+        parts = sums[: -(-tokens // span) * EXPERTS * width].view(-1, EXPERTS, width)
+        dx = out[: tokens * width].view(tokens, width)
+        router_kernels.route_backward[(-(-width // tile["columns"]), len(parts))](
+            x, w, d_logits, d_passed, dx, parts, tokens, width, EXPERTS, span,
+            tile["rows"], fused_router._bins(EXPERTS), tile["columns"], num_warps=tile["warps"],
+        )  # fmt: skip
+        return dx, parts
+
     tall, operators = {"tall": linear._tall(tokens)}, torch.ops.moelab
     own = {"tall": norm._tall(tokens), "rows": norm.ROWS, "warps": norm.WARPS}
     return {
@@ -111,17 +124,18 @@ def passes(name: str, settings: Benchmark, device: torch.device) -> dict[str, Pa
         ),
         "heads": Pass(heads, tall | linear.HEADS._asdict(), operators.heads_backward(dq, dk, dv), 12 * tokens * width),
         "norm": Pass(along, own, operators.norm_backward(d_normed, d_passed, x, weight, True), 8 * tokens * width),
+        "router": Pass(router, fused_router.BACKWARD._asdict(), routed, 6 * tokens * width),
     }  # fmt: skip
 
 
 def tiles(name: str) -> list[Tile]:
     """Those that are tried."""
-    values = ALONG if name == "norm" else ACROSS
+    values = {"norm": ALONG, "router": ROUTED}.get(name, ACROSS)
     return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
 
 
 def error(found: Two, right: Two) -> float:
-    pairs = zip((found[0].flatten(), found[1].sum(0)), (right[0].flatten(), right[1].sum(0).flatten()), strict=True)
+    pairs = ((a.flatten(), b.flatten()) for a, b in ((found[0], right[0]), (found[1].sum(0), right[1].sum(0))))
     return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
 
 

@@ -81,6 +81,7 @@ def kernels(settings: Benchmark, device: torch.device) -> dict[str, Kernel]:
     found["route (router)"] = (choose, 2 * t, 0)
     add("route", lambda r, p: cuda.route(r.launch, indices, experts), 4 * slots + 4 * slots)
     add("dispatch", lambda r, p: r.dispatch(x), t + n)
+    add("dispatch_dots", lambda r, p: r.dispatch_dots(dy, b_out), t + n)
     add("forward, up", lambda r, p: p.forward(dispatched, w_in), n + f + matrices, product)
     add("activate", lambda r, p: r.activate(z, b_in, hidden), 2 * f)
     add("up", lambda r, p: p.up(dispatched, w_in, b_in, "gelu"), n + 2 * f + matrices, product)
@@ -88,9 +89,9 @@ def kernels(settings: Benchmark, device: torch.device) -> dict[str, Kernel]:
     add("combine, weighted", lambda r, p: r.combine(dispatched, weights, b_out), n + t)
     add("backward, down", lambda r, p: p.backward(dispatched, w_out), n + f + matrices, product)
     add(
-        "weighted_backward and slot_gradient", lambda r, p: r.weighted_backward(z, b_in, d_h, weights, dy, b_out), 4 * f
+        "weighted_backward and slot_gradient", lambda r, p: r.weighted_backward(z, b_in, d_h, weights, d_weights), 4 * f
     )
-    add("the same without biases", lambda r, p: r.weighted_backward(z, None, d_h, weights, dy, None), 4 * f)
+    add("the same without biases", lambda r, p: r.weighted_backward(z, None, d_h, weights, None), 4 * f)
     add("slope", lambda r, p: p.slope(dispatched, w_out, z, r, weights, b_in, "gelu"), n + 3 * f + matrices, product)
     add("weight_gradient, out", lambda r, p: p.weight_gradient(dispatched, z), n + f + 2 * matrices, product)
     add("bias_gradient, out", lambda r, p: r.bias_gradient(dy, weights), n)

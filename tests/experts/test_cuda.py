@@ -19,7 +19,16 @@ from moelab.experts import cuda, nvrtc, reference
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-ROWS = ("dispatch", "combine", "combine_backward", "activate", "activate_backward", "weighted_backward", "bias_parts")
+ROWS = (
+    "dispatch",
+    "dispatch_dots",
+    "combine",
+    "combine_backward",
+    "activate",
+    "activate_backward",
+    "weighted_backward",
+    "bias_parts",
+)
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.no_compiler() is not None, reason=f"nothing to compile with: {nvrtc.no_compiler()}"
@@ -156,6 +165,29 @@ def test_a_warp_that_takes_several_turns_ranks_like_one(emulated: EmulatedLaunch
     indices = torch.arange(tokens * top_k).view(tokens, top_k) * 7 % experts
     found = cuda.route(emulated, indices, experts)  # type: ignore[arg-type]
     assert torch.equal(found.slot_of_row.long(), torch.argsort(indices.flatten(), stable=True))
+
+
+@pytest.mark.parametrize("width", [64, 100, 128, 1032, 2300])  # rows of one turn and several, aligned and not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_with_a_bias_of_each_slots_expert(
+    without_clusters: EmulatedLaunch, width: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, bias = (torch.randn(n, width, generator=generator).to(dtype) for n in (21, 3))
+    indices = torch.randint(-1, 3, (21, 2), generator=generator)
+    launch: Any = without_clusters
+    rows = cuda.Rows(launch, cuda._rows(dtype, "gelu"), cuda.route(launch, indices, 3), indices)
+    found, dots = rows.dispatch_dots(x, bias)
+    kept = indices >= 0
+    assert torch.equal(found[: kept.sum()], rows.dispatch(x)[: kept.sum()])
+    exact = (x.double()[:, None] * bias.double()[indices.clamp(min=0)]).sum(2)
+    torch.testing.assert_close(dots.double()[kept], exact[kept], rtol=1e-5, atol=1e-4)
+    partial = torch.randn(len(found), 5, generator=generator)
+    partial[kept.sum() :] = torch.nan  # rows that nothing is written to
+    sums = partial.sum(1)[rows.routing.row_of_slot.long()].view(indices.shape)
+    for given, added in ((dots, dots), (None, torch.zeros_like(dots))):
+        right = torch.where(kept, sums + added, 0.0)
+        torch.testing.assert_close(rows.slot_gradient(partial, torch.empty(21, 2), given), right)
 
 
 Leaves = list[torch.Tensor | None]

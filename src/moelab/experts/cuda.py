@@ -131,6 +131,17 @@ class Rows:
         )  # fmt: skip
         return rows_ND
 
+    def dispatch_dots(self, x_TD: torch.Tensor, bias_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x (T, D) → its rows (N, D), and ⟨x, bias of its expert⟩ of each slot (T, K), open where that is dropped."""
+        (tokens, top_k), width = self.indices_TK.shape, x_TD.shape[1]
+        rows_ND, dots_TK = x_TD.new_empty(tokens * top_k, width), x_TD.new_empty(tokens, top_k, dtype=torch.float32)
+        self._run(
+            "dispatch_dots", tokens, x_TD.data_ptr(), self._row_of_slot, self._kept, rows_ND.data_ptr(),
+            bias_ED.data_ptr(), self.indices_TK.data_ptr(), dots_TK.data_ptr(), tokens, top_k, width,
+            _wide(width, bias_ED, x_TD),
+        )  # fmt: skip
+        return rows_ND, dots_TK
+
     def combine(
         self, rows_ND: torch.Tensor, weights_TK: torch.Tensor | None = None, bias_ED: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -181,7 +192,7 @@ class Rows:
 
     def weighted_backward(
         self, z: torch.Tensor, bias: torch.Tensor | None, d_h_NF: torch.Tensor, weights_TK: torch.Tensor,
-        dy_TD: torch.Tensor, b_out_ED: torch.Tensor | None,
+        dots_TK: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """From d_h of rows without their weights: gradients of z, which overwrite it where they are of its size, and h
         (N, F), both weighted; gradients of the weights (T, K), and of the bias; empty without one."""
@@ -194,19 +205,18 @@ class Rows:
             self.routing.offsets.data_ptr(), len(self.routing.offsets), d_h_NF.data_ptr(), d_z.data_ptr(),
             address(sums), weights_TK.data_ptr(), h_NF.data_ptr(), partial.data_ptr(), hidden, wide,
         )  # fmt: skip
-        d_weights_TK = self.slot_gradient(partial, weights_TK, dy_TD, b_out_ED)
+        d_weights_TK = self.slot_gradient(partial, weights_TK, dots_TK)
         return d_z, h_NF, d_weights_TK, self.sum_of_parts(sums, TALL, z)
 
     def slot_gradient(
-        self, partial: torch.Tensor, weights_TK: torch.Tensor, dy_TD: torch.Tensor, b_out_ED: torch.Tensor | None
+        self, partial: torch.Tensor, weights_TK: torch.Tensor, dots_TK: torch.Tensor | None
     ) -> torch.Tensor:
-        """From partial (N, strips), of which each row's sum is ⟨d_h, h⟩: gradients of the weights (T, K)."""
-        (tokens, top_k), width = weights_TK.shape, dy_TD.shape[1]
+        """From partial (N, strips), whose rows sum to ⟨d_h, h⟩, and, with an output bias, `dispatch_dots` of dy:
+        gradients of the weights (T, K)."""
         d_weights_TK = torch.empty_like(weights_TK)
         self._run(
-            "slot_gradient", tokens, partial.data_ptr(), self._row_of_slot, self._kept, dy_TD.data_ptr(),
-            self.indices_TK.data_ptr(), address(b_out_ED), d_weights_TK.data_ptr(), tokens, top_k, partial.shape[1],
-            width, _wide(width, b_out_ED, dy_TD),
+            "slot_gradient", -(-weights_TK.numel() // 32), partial.data_ptr(), self._row_of_slot, self._kept,
+            address(dots_TK), d_weights_TK.data_ptr(), weights_TK.numel(), partial.shape[1],
         )  # fmt: skip
         return d_weights_TK
 

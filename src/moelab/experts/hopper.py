@@ -300,14 +300,14 @@ def hopper_experts_backward(
         routing = Routing(row_of_slot, slot_of_row, offsets)
         kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
         products = Products(launch, offsets, dy.device)
-        d_rows = kernels.dispatch(dy)
+        d_rows, dots = (kernels.dispatch(dy), None) if b_out is None else kernels.dispatch_dots(dy, b_out)
         if activation == SWIGLU:
             d_h = products.backward(d_rows, w_out)
-            d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dy, b_out)
+            d_z, h, d_weights, d_b_in = kernels.weighted_backward(z, b_in, d_h, weights, dots)
             del d_h
         else:
             d_z, h, partial, d_b_in = products.slope(d_rows, w_out, z, kernels, weights, b_in, activation)
-            d_weights = kernels.slot_gradient(partial, weights, dy, b_out)
+            d_weights = kernels.slot_gradient(partial, weights, dots)
         d_w_out = products.weight_gradient(d_rows, h)
         del d_rows, h
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(dy, weights)

@@ -27,22 +27,45 @@ __device__ inline Index warp_of_grid() { return static_cast<Index>(blockIdx.x) *
 
 // Dispatch
 
-template <int V> __device__ void dispatch_token(
-    const Element* __restrict__ x, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
-    Element* __restrict__ rows, Index token, Index top_k, Index width) {
+struct Dispatched {
+    const Element* x;
+    const int *row_of_slot, *kept;
+    Element* rows;
+    const Element* bias;
+    const Index* indices;
+    float* dots;
+    Index top_k, width;
+};
+
+template <int V, bool DOTS> __device__ void dispatch_token(const Dispatched& d, Index token) {
     constexpr int AHEAD = 4;  // loads in flight
-    const int rows_kept = *kept;
-    for (Index at = threadIdx.x * V; at < width; at += AHEAD * 32 * V) {
+    const int rows_kept = *d.kept;
+    for (Index at = threadIdx.x * V; at - threadIdx.x * V < d.width; at += AHEAD * 32 * V) {
         Chunk<V> chunk[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i)
-            if (at + i * 32 * V < width) chunk[i] = load<V>(x + token * width + at + i * 32 * V);
-        for (Index k = 0; k < top_k; ++k) {
-            const Index row = row_of_slot[token * top_k + k];
+            if (at + i * 32 * V < d.width) chunk[i] = load<V>(d.x + token * d.width + at + i * 32 * V);
+        for (Index slot = token * d.top_k; slot < (token + 1) * d.top_k; ++slot) {
+            const Index row = d.row_of_slot[slot];
             if (row >= rows_kept) continue;
+            const Element* bias = DOTS ? d.bias + d.indices[slot] * d.width + at : nullptr;
+            float sum = 0.0f;
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i)
-                if (at + i * 32 * V < width) copy(rows + row * width + at + i * 32 * V, chunk[i]);
+            for (int i = 0; i < AHEAD; ++i) {
+                if (at + i * 32 * V >= d.width) break;
+                copy(d.rows + row * d.width + at + i * 32 * V, chunk[i]);
+                if (DOTS) {
+                    float value[V], added[V];
+                    widen(chunk[i], value);
+                    widen(load<V>(bias + i * 32 * V), added);
+#pragma unroll
+                    for (int j = 0; j < V; ++j) sum += value[j] * added[j];
+                }
+            }
+            if (DOTS) {
+                sum = sum_of_lanes(sum);
+                if (threadIdx.x == 0) d.dots[slot] = at == 0 ? sum : d.dots[slot] + sum;
+            }
         }
     }
 }
@@ -53,7 +76,20 @@ dispatch(const Element* x, const int* row_of_slot, const int* kept, Element* row
          Index width, Index wide) {
     const Index token = warp_of_grid();
     if (token >= tokens) return;
-    BY_WIDTH(wide, dispatch_token, x, row_of_slot, kept, rows, token, top_k, width);
+    const Dispatched given = {x, row_of_slot, kept, rows, nullptr, nullptr, nullptr, top_k, width};
+    if (wide) dispatch_token<LINE, false>(given, token);
+    else dispatch_token<1, false>(given, token);
+}
+
+// The same, and dots (T, K) = ⟨x[t], bias[indices[t, k]]⟩, of bias (E, D); those of dropped slots are not written.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+dispatch_dots(const Element* x, const int* row_of_slot, const int* kept, Element* rows, const Element* bias,
+              const Index* indices, float* dots, Index tokens, Index top_k, Index width, Index wide) {
+    const Index token = warp_of_grid();
+    if (token >= tokens) return;
+    const Dispatched given = {x, row_of_slot, kept, rows, bias, indices, dots, top_k, width};
+    if (wide) dispatch_token<LINE, true>(given, token);
+    else dispatch_token<1, true>(given, token);
 }
 
 // Combine
@@ -366,63 +402,20 @@ weighted_backward(const Element* z, const Element* bias, const int* slot_of_row,
     else slopes_of_part<1, true>(slopes, part);
 }
 
-template <int V> __device__ void slot_gradients_of_token(
-    const float* __restrict__ partial, const int* __restrict__ row_of_slot, const int* __restrict__ kept,
-    const Element* __restrict__ d_out, const Index* __restrict__ indices, const Element* __restrict__ bias,
-    float* __restrict__ d_weights, Index token, Index top_k, Index blocks, Index width) {
-    constexpr int SLOTS = 2, AHEAD = 4;  // slots at once, and loads in flight
-    const int rows_kept = *kept;
-    for (Index first = token * top_k; first < (token + 1) * top_k; first += SLOTS) {
-        float sum[SLOTS] = {};
-        bool there[SLOTS];
-        Index row[SLOTS];
-        const Element* added[SLOTS];
-#pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-            const Index slot = min(first + i, (token + 1) * top_k - 1);
-            row[i] = row_of_slot[slot];
-            there[i] = row[i] < rows_kept;
-            added[i] = bias && there[i] ? bias + indices[slot] * width : bias;
-        }
-        for (Index at = threadIdx.x * V; bias && at < width; at += AHEAD * 32 * V) {
-            Chunk<V> chunk[AHEAD];
-#pragma unroll
-            for (int n = 0; n < AHEAD; ++n)
-                if (at + n * 32 * V < width) chunk[n] = load<V>(d_out + token * width + at + n * 32 * V);
-#pragma unroll
-            for (int n = 0; n < AHEAD; ++n) {
-                if (at + n * 32 * V >= width) break;
-                float gradient[V];
-                widen(chunk[n], gradient);
-#pragma unroll
-                for (int i = 0; i < SLOTS; ++i) {
-                    float value[V];
-                    widen(load<V>(added[i] + at + n * 32 * V), value);
-#pragma unroll
-                    for (int j = 0; j < V; ++j) sum[i] += gradient[j] * value[j];
-                }
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-            if (there[i])
-                for (Index at = threadIdx.x; at < blocks; at += 32) sum[i] += partial[row[i] * blocks + at];
-            const float total = sum_of_lanes(sum[i]);
-            if (threadIdx.x == 0 && first + i < (token + 1) * top_k) d_weights[first + i] = there[i] ? total : 0.0f;
-        }
-    }
-}
-
-// d_weights (T, K) = Σ of the slot's row in partial (N, B), and ⟨d_out[t], bias of its expert⟩ where bias is not 0; 0 for
-// a dropped slot. A token's d_out is read once.
+// d_weights (T, K) = Σ of the slot's row in partial (N, B), and of dots (T, K) where that is not 0; 0 for a dropped slot.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const Element* d_out,
-              const Index* indices, const Element* bias, float* d_weights, Index tokens, Index top_k, Index blocks,
-              Index width, Index wide) {
-    const Index token = warp_of_grid();
-    if (token >= tokens) return;
-    BY_WIDTH(wide, slot_gradients_of_token, partial, row_of_slot, kept, d_out, indices, bias, d_weights, token, top_k,
-             blocks, width);
+slot_gradient(const float* partial, const int* row_of_slot, const int* kept, const float* dots, float* d_weights,
+              Index slots, Index blocks) {
+    const Index slot = warp_of_grid() * 32 + threadIdx.x;
+    if (slot >= slots) return;
+    const Index row = row_of_slot[slot];
+    float sum = 0.0f;
+    if (row < *kept) {
+#pragma unroll 4
+        for (Index at = 0; at < blocks; ++at) sum += partial[row * blocks + at];
+        if (dots) sum += dots[slot];
+    }
+    d_weights[slot] = sum;
 }
 
 // Gradients of the experts' parameters
@@ -470,6 +463,7 @@ bias_gradient(const float* sums, const int* offsets, Element* out, Index tall, I
         parts = (offsets[e] - (e ? offsets[e - 1] : 0) + tall - 1) / tall;
     }
     float sum[1] = {};
+#pragma unroll 16
     for (Index part = first; part < first + parts; ++part) sum[0] += sums[part * width + at];
     store(out + blockIdx.y * width + at, narrow(sum));
 }

@@ -7,7 +7,7 @@ experts comes in here, and leaves with the router's own added, in one pass.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,18 @@ from moelab.experts import triton as triton_backend
 from moelab.experts.self_check import apart
 
 MOST_EXPERTS = 256
+
+
+class Tile(NamedTuple):
+    """Of the backward pass: about so many programs, and what each takes at once (`benchmarks/passes.py`)."""
+
+    programs: int
+    rows: int
+    columns: int
+    warps: int
+
+
+BACKWARD = Tile(1024, 32, 64, 4)  # few registers, so that many loads are in flight
 
 
 def usable(x: torch.Tensor, experts: int, top_k: int) -> bool:
@@ -141,16 +153,21 @@ def _route_backward(
         tokens, experts, TOP_K=top_k, SIGMOID=scores == "sigmoid", NORMALIZE=normalize,
         HAS_D_LOGITS=d_logits is not None, TOKENS=rows, EXPERTS_2=bins, num_warps=4,
     )  # fmt: skip
-    rows, columns = min(rows, 32), min(64, _bins(width))  # few registers, so that many loads are in flight
+    rows, columns = min(rows, BACKWARD.rows), min(BACKWARD.columns, _bins(width))
     across = -(-width // columns)
-    span = max(1, -(-tokens * across // (1024 * rows))) * rows  # some 1,024 programs in all
-    parts = torch.empty(-(-tokens // span), experts, width, dtype=torch.float32, device=x.device)
+    each = span(tokens, BACKWARD.programs, across, rows)
+    parts = torch.empty(-(-tokens // each), experts, width, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)
     kernels.route_backward[(across, len(parts))](
-        x, w, total, d_x.contiguous(), dx, parts, tokens, width, experts, span,
-        TOKENS=rows, EXPERTS_2=bins, COLUMNS=columns, num_warps=4,
+        x, w, total, d_x.contiguous(), dx, parts, tokens, width, experts, each,
+        TOKENS=rows, EXPERTS_2=bins, COLUMNS=columns, num_warps=BACKWARD.warps,
     )  # fmt: skip
     return dx, parts.sum(0)
+
+
+def span(tokens: int, programs: int, across: int, rows: int) -> int:
+    """Tokens of a program of the backward pass, a multiple of `rows`, for so many in all, `across` side by side."""
+    return max(1, -(-tokens * across // (programs * rows))) * rows
 
 
 @_route_backward.register_fake
