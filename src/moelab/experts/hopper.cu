@@ -162,12 +162,12 @@ extern "C" __global__ void __launch_bounds__(256)
 sum_parts(const float* parts, const int* offsets, float* dw, long long size, long long target, long long last) {
     const int expert = blockIdx.y;
     const Cuts cuts = {static_cast<int>(gridDim.y), static_cast<int>(target), static_cast<int>(last)};
-    int first = 0, count = 0;
-    for (int e = 0; e <= expert; ++e) {
-        count = cuts.parts(e, offsets[e] - start_of(offsets, e));
-        if (e < expert && count > 1) first += count;
-    }
-    if (count == 1) return;
+    const auto parts_of = [&](int e) { return cuts.parts(e, offsets[e] - start_of(offsets, e)); };
+    const int count = parts_of(expert);
+    if (count == 1) return;  // nearly all blocks
+    int first = 0;
+    for (int e = 0; e < expert; ++e)
+        if (parts_of(e) > 1) first += parts_of(e);
     const float4* from = reinterpret_cast<const float4*>(parts + first * size);
     float4* to = reinterpret_cast<float4*>(dw + expert * size);
     for (long long i = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x; i < size / 4; i += gridDim.x * 256ll) {

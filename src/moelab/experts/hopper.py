@@ -33,7 +33,7 @@ ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block:
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 12 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
 SWIGLU = "swiglu"  # has its activation in kernels of its own
-SUMMED = 256 * 4 * 2  # numbers of a weight gradient that a block of `sum_parts` adds parts of
+SUMMED = 256 * 4 * 4  # numbers of a weight gradient that a block of `sum_parts` adds parts of
 LOWEST = 1024  # rows of an expert, of which clusters take 256 at once: fewer would leave too many blocks without any
 DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
 
