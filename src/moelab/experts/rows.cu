@@ -425,15 +425,34 @@ template <int V> __device__ void sum_columns(
     float* __restrict__ sums, const Part& part, Index top_k, Index width) {
     const int at = part.strip + static_cast<int>(threadIdx.x) * V;
     float sum[V] = {};
-    if (at < width && weights) {
-#pragma unroll 4
-        for (Index row = part.start + threadIdx.y; row < part.end; row += WARPS) {
-            const Index slot = slot_of_row[row];
-            float value[V] = {};
-            add<V>(value, rows + slot / top_k * width + at);
-            const float weight = weights[slot];
+    if (weights) {
+        static_assert(TALL == 32 * WARPS, "a warp's rows have a lane each, which holds their token and weight");
+        constexpr int AHEAD = 8;  // rows whose loads are in flight
+        const Index top = part.start + threadIdx.y;
+        const int count = static_cast<int>((part.end - top + WARPS - 1) / WARPS);  // of this warp; 0 or less: none
+        int token_of_lane = 0;
+        float weight_of_lane = 0.0f;
+        if (static_cast<int>(threadIdx.x) < count) {
+            const int slot = slot_of_row[top + threadIdx.x * WARPS];
+            token_of_lane = static_cast<int>(slot / top_k);
+            weight_of_lane = weights[slot];
+        }
+        for (int first = 0; first < count; first += AHEAD) {
+            Chunk<V> chunk[AHEAD];
 #pragma unroll
-            for (int j = 0; j < V; ++j) sum[j] += weight * value[j];
+            for (int n = 0; n < AHEAD; ++n) {
+                const Index token = __shfl_sync(ALL, token_of_lane, first + n);
+                if (at < width && first + n < count) chunk[n] = load<V>(rows + token * width + at);
+            }
+#pragma unroll
+            for (int n = 0; n < AHEAD; ++n) {
+                const float weight = __shfl_sync(ALL, weight_of_lane, first + n);
+                if (at >= width || first + n >= count) continue;
+                float value[V];
+                widen(chunk[n], value);
+#pragma unroll
+                for (int j = 0; j < V; ++j) sum[j] += weight * value[j];
+            }
         }
     } else if (at < width) {
 #pragma unroll 4
