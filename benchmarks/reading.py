@@ -307,14 +307,20 @@ class Fits:
         found = {group: fit(points) for group, points in self.dense.items() if group in self.experts}
         self.laws = {group: law for group, law in found.items() if law is not None}
         self.without = {group: len(self.dense[group]) for group, law in found.items() if law is None}
+        self.alone = {
+            group: fit([p for p in self.dense[group] if p.name.endswith(f" {ARMS[0]}")]) for group in self.laws
+        }
 
 
 def _worth(fits: Fits) -> list[str]:
     parts = []
     for group, law in fits.laws.items():
         parts += _law_words(group, law)
-        headings = ["run with experts", "loss", "its training FLOPs", "dense FLOPs for that loss", "dense ÷ its own"]
-        rows = [_worth_row(law, point) for point in fits.experts[group]]
+        headings = [
+            "run with experts", "loss", "its training FLOPs", "dense FLOPs for that loss", "dense ÷ its own",
+            "by `dense` alone",
+        ]  # fmt: skip
+        rows = [_worth_row(law, fits.alone[group], point) for point in fits.experts[group]]
         parts += [_table(headings, rows), f"![Loss over training compute]({_picture_name(group)})"]
     for (context, tokens), runs in fits.without.items():
         parts.append(
@@ -326,7 +332,9 @@ def _worth(fits: Fits) -> list[str]:
     text = (
         "The training FLOPs of a dense run that would reach the loss of a run with experts, over the FLOPs of that "
         "run, by a fit over dense runs (`dense` and `dense-wide`) of one context and number of tokens. It says what a "
-        "larger dense model would cost on the same tokens, and not what the best mix of size and tokens would."
+        "larger dense model would cost on the same tokens, and not what the best mix of size and tokens would. Where "
+        "`dense-wide` is the worse use of compute the fit over both flatters the experts: the last column is by a fit "
+        "over `dense` alone."
     )
     return ["## By how much compute", text, *parts]
 
@@ -347,10 +355,11 @@ def _law_words(group: tuple[int, int], law: PowerLaw) -> list[str]:
     return [words, _table(["dense run", "training FLOPs", "loss", "above the fit"], rows)]
 
 
-def _worth_row(law: PowerLaw, run: Point) -> list[str]:
+def _worth_row(law: PowerLaw, alone: PowerLaw | None, run: Point) -> list[str]:
     compute = law.compute(run.loss)
     worth = "∞" if compute is None else f"{quantity(compute, FLOPS)}FLOP"
-    return [run.name, f"{run.loss:.4f}", f"{quantity(run.compute, FLOPS)}FLOP", worth, _multiplier(law, run)]
+    figures = [f"{run.loss:.4f}", f"{quantity(run.compute, FLOPS)}FLOP", worth, _multiplier(law, run)]
+    return [run.name, *figures, DASH if alone is None else _multiplier(alone, run)]
 
 
 def _multiplier(law: PowerLaw, run: Point) -> str:

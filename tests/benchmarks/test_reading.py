@@ -59,11 +59,16 @@ def page(folder: Path, sizes: dict[str, dict[str, Any]]) -> str:
 
 
 def worth(text: str, run: str) -> str:
-    """The last cell of a run's row in the table of what its loss is worth."""
+    """The last cell but one of a run's row in the table of what its loss is worth."""
+    return worths(text, run)[0]
+
+
+def worths(text: str, run: str) -> tuple[str, str]:
+    """By all dense runs, and by those of the arm dense alone."""
     section = text.partition("## By how much compute")[2]
-    found = re.search(rf"^\| {run} .* \| ([^|]*) \|$", section, flags=re.MULTILINE)
+    found = re.search(rf"^\| {run} .* \| ([^|]*) \| ([^|]*) \|$", section, flags=re.MULTILINE)
     assert found is not None
-    return found[1]
+    return found[1], found[2]
 
 
 @given(multiplier=st.floats(0.7, 2.0))
@@ -87,6 +92,15 @@ def test_the_page_says_what_the_loss_is_worth_and_where_that_is_extrapolated(tmp
     assert "L(C) = 2.200 + " in text
     picture = (tmp_path / f"compute-1024-{TOKENS}.svg").read_text()
     assert all(picture.count(f">{words}<") == 1 for words in (*FLOPS, "dense", "moe", "dense-wide"))
+
+
+def test_a_worse_dense_wide_flatters_the_experts_by_one_fit_and_not_by_the_other(tmp_path: Path) -> None:
+    sizes = {size: stored(size, 1.2) for size in FLOPS}
+    for results in sizes.values():
+        results["arms"]["dense-wide"]["runs"][0]["val_loss"] += 0.1
+    by_all, alone = worths(page(tmp_path, sizes), "124m moe")
+    assert alone.startswith("**1.20 ×** (1.20 to 1.20")
+    assert float(by_all[2:6]) > 1.25
 
 
 def test_a_loss_under_the_floor_is_beyond_every_dense_compute(tmp_path: Path) -> None:
