@@ -26,7 +26,7 @@ from moelab.device import environment, resolve_device
 from moelab.model import fused_router, linear, linear_kernels, norm, norm_kernels, router_kernels
 from moelab.presets import preset
 
-ACROSS = {"tall": (128, 256), "rows": (4, 8, 16, 32), "columns": (256, 512), "warps": (4, 8)}  # of linear's
+ACROSS = {"tall": (64, 128, 256), "rows": (4, 8, 16, 32), "columns": (256, 512), "warps": (4, 8)}  # of linear's
 ALONG = {"tall": (16, 32, 64, 128, 256), "rows": (1, 2, 4), "warps": (1, 2, 4, 8)}  # of the norm's
 ROUTED = {"programs": (512, 1024, 2048, 4096), "rows": (16, 32, 64), "columns": (64, 128, 256), "warps": (2, 4, 8)}
 TIMES, EXPERTS = 8, 8  # in a graph; of the router
