@@ -166,8 +166,10 @@ sum_parts(const float* parts, const int* offsets, float* dw, long long size, lon
     const int count = parts_of(expert);
     if (count == 1) return;  // nearly all blocks
     int first = 0;
-    for (int e = 0; e < expert; ++e)
-        if (parts_of(e) > 1) first += parts_of(e);
+    for (int e = 0; e < expert; ++e) {
+        const int before = parts_of(e);
+        if (before > 1) first += before;
+    }
     const float4* from = reinterpret_cast<const float4*>(parts + first * size);
     float4* to = reinterpret_cast<float4*>(dw + expert * size);
     for (long long i = static_cast<long long>(blockIdx.x) * 256 + threadIdx.x; i < size / 4; i += gridDim.x * 256ll) {

@@ -27,6 +27,7 @@ __device__ inline Index warp_of_grid() { return static_cast<Index>(blockIdx.x) *
 
 // Dispatch
 
+// What is read and written; bias, indices and dots with DOTS alone.
 struct Dispatched {
     const Element* x;
     const int *row_of_slot, *kept;
