@@ -2,8 +2,8 @@
 
     python benchmarks/passes.py [--presets 5m 40m 124m 350m] [--sequences 32] [--passes norm] [--json FILE]
 
-Each tile is held to what the model's own operator gives, and then timed as a CUDA graph, in turns; GB/s count what has
-to be read and written once. The fastest are printed, and the tile that the model has.
+Each tile is held to what the model's own operator gives (the router's to PyTorch), and then timed as a CUDA graph, in
+turns; GB/s count what has to be read and written once. The fastest are printed, and the tile that the model has.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Pass:
     own: Tile
     """The model's."""
     right: Two
-    """What the model's operator gives."""
+    """What it should give."""
     bytes: int
 
 

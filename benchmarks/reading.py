@@ -7,7 +7,6 @@ with the scores of its runs. What is not there is said to be missing.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from scaling import FEWEST, Point, PowerLaw, fit
 from moelab.compare import Comparison
 from moelab.compare.figures import MARKERS
 from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture, new_figure
-from moelab.compare.results import measured
+from moelab.compare.results import measured, measured_by_seed
 from moelab.compare.statistics import estimate
 from moelab.compare.words import DASH, FLOPS, duration, memory, percent, quantity, signed, spans_zero
 from moelab.training.loop import write_aside
@@ -56,11 +55,6 @@ class Stored:
         """Over the runs of equal tokens."""
         found = estimate(measured(self.arms[arm], figure))
         return found.mean if found else None
-
-    def by_seed(self, arm: str, figure: str) -> dict[int, float]:
-        """Of each run of equal tokens."""
-        runs = [run for run in self.arms[arm]["runs"] if run["budget"] == "tokens"]
-        return {run["seed"]: run[figure] for run in runs if run.get(figure) is not None}
 
     def score(self, arm: str, figure: str) -> float | None:
         """Of WikiText-103's test split, over the runs that were scored; None unless all were."""
@@ -203,8 +197,8 @@ def _verdict(entry: dict[str, Any] | None) -> str:
     elif round(difference, 3) == 0:
         words = "the same to 0.001"
     else:
-        seeds = ("won", "lost") if entry["ci95"] else ("lower", "higher")
-        words = f"**{seeds[difference > 0]}**, {signed(difference)}"
+        below, above = ("won", "lost") if entry["ci95"] else ("lower", "higher")
+        words = f"**{below if difference < 0 else above}**, {signed(difference)}"
     return words + interval + (", *read off*" if entry["interpolated"] else "")
 
 
@@ -262,11 +256,11 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     for name, by_rate in groups.items():
         best = {}
         for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms):
-            by_seed = {rate: one.by_seed(arm, "val_loss") for rate, one in by_rate.items() if arm in one.arms}
+            having = {rate: one.arms[arm] for rate, one in by_rate.items() if arm in one.arms}
+            by_seed = {rate: measured_by_seed(facts, "val_loss") for rate, facts in having.items()}
             common = set.intersection(*map(set, by_seed.values()))
-            known = {
-                rate: math.fsum(of[seed] for seed in common) / len(common) for rate, of in by_seed.items() if common
-            }
+            means = {rate: estimate([losses[seed] for seed in common]) for rate, losses in by_seed.items()}
+            known = {rate: found.mean for rate, found in means.items() if found is not None}
             if len(known) < 2:
                 continue
             best[arm] = min(known.items(), key=lambda entry: entry[1])
@@ -281,9 +275,8 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
         return []
     text = (
         "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds that were run "
-        "at all of them. An "
-        "arm whose rate is far from its best is the commonest unfair comparison. The best is chosen on the held-out "
-        "text that it is reported on, for every arm alike."
+        "at all of them. An arm whose rate is far from its best is the commonest unfair comparison. The best is chosen "
+        "on the held-out text that it is reported on, for every arm alike."
     )
     headings = ["size", "arm", "loss at each learning rate", "best", "its loss"]
     return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]
@@ -308,7 +301,7 @@ class Fits:
         self.laws = {group: law for group, law in found.items() if law is not None}
         self.without = {group: len(self.dense[group]) for group, law in found.items() if law is None}
         self.alone = {
-            group: fit([p for p in self.dense[group] if p.name.endswith(f" {ARMS[0]}")]) for group in self.laws
+            group: fit([point for point in self.dense[group] if _arm(point) == ARMS[0]]) for group in self.laws
         }
 
 
@@ -377,6 +370,10 @@ def _multiplier(law: PowerLaw, run: Point) -> str:
     return f"**{compute / run.compute:.2f} ×** ({told[0]} to {told[1]} with the largest residual added and taken off)"
 
 
+def _arm(point: Point) -> str:
+    return point.name.rpartition(" ")[2]
+
+
 def _picture_name(group: tuple[int, int]) -> str:
     return f"compute-{group[0]}-{group[1]}.svg"
 
@@ -391,17 +388,15 @@ def _picture(fits: Fits, group: tuple[int, int], law: PowerLaw) -> Picture:
         for low, high, line in ((*law.range, "-"), (law.range[1], min(max(reach), 20 * law.range[1]), "--")):
             place = np.geomspace(low, max(low, high), 200)
             axes.plot(place, [law.loss(c) for c in place], color=ARM_COLOURS[0], linestyle=line, linewidth=1.2)
-        arms = list(dict.fromkeys(point.name.rpartition(" ")[2] for point in points))
-        for arm in sorted(arms, key=ARMS.index):
-            own, index = [point for point in points if point.name.endswith(f" {arm}")], ARMS.index(arm)
+        for arm in sorted(set(map(_arm, points)), key=ARMS.index):
+            own, index = [point for point in points if _arm(point) == arm], ARMS.index(arm)
             place, losses = [point.compute for point in own], [point.loss for point in own]
             axes.plot(place, losses, MARKERS[index], color=ARM_COLOURS[index], markersize=6, label=arm)
         for point in fits.dense[group]:
-            size, _, arm = point.name.rpartition(" ")
-            if arm == ARMS[0]:
+            if _arm(point) == ARMS[0]:
                 axes.annotate(
-                    size, (point.compute, point.loss), xytext=(-2, -14), textcoords="offset points", fontsize=8,
-                    color=LIGHT["muted"], ha="right",
+                    point.name.rpartition(" ")[0], (point.compute, point.loss), xytext=(-2, -14),
+                    textcoords="offset points", fontsize=8, color=LIGHT["muted"], ha="right",
                 )  # fmt: skip
         axes.legend(frameon=False)
         axes.set_xscale("log")

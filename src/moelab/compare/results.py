@@ -76,7 +76,13 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Run]]:
 
 def measured(arm: dict[str, Any], figure: str) -> list[float]:
     """A figure of each of an arm's runs of equal tokens, those left out where it was not measured."""
-    return [run[figure] for run in arm["runs"] if run["budget"] == "tokens" and run.get(figure) is not None]
+    return list(measured_by_seed(arm, figure).values())
+
+
+def measured_by_seed(arm: dict[str, Any], figure: str) -> dict[int, float]:
+    """`measured`, by the runs' seeds."""
+    runs = (run for run in arm["runs"] if run["budget"] == "tokens" and run.get(figure) is not None)
+    return {run["seed"]: run[figure] for run in runs}
 
 
 def _arm(comparison: Comparison, arm: str, runs: Sequence[Run]) -> dict[str, Any]:
