@@ -116,7 +116,8 @@ def passes(name: str, settings: Benchmark, device: torch.device) -> dict[str, Pa
         return dx, parts
 
     tall, operators = {"tall": linear._tall(tokens)}, torch.ops.moelab
-    own = {"tall": norm._tall(tokens), "rows": norm.ROWS, "warps": norm.WARPS}
+    rows, _, warps = norm._tile(width)
+    own = {"tall": norm._tall(tokens), "rows": rows, "warps": warps}
     return {
         "activation": Pass(
             activation, tall | linear.ACTIVATION._asdict(), operators.activation_backward(dh, z, "gelu"),

@@ -12,7 +12,8 @@ from moelab.config import ModelConfig
 from moelab.model.linear import Tensors, own_backward
 
 EPSILON = 1e-5  # GPT-2's
-ROWS, WARPS = 2, 4  # at once, and of a program of the backward pass; `benchmarks/passes.py` times others
+WARP = 1024  # elements that a warp of the backward pass takes at once; `benchmarks/passes.py` times other tiles
+SHORT = 16  # least rows of a program
 
 
 class Norm(nn.Module):
@@ -77,8 +78,14 @@ class Fork(torch.autograd.Function):
 
 
 def _tall(tokens: int) -> int:
-    """Rows of which a program of the backward pass sums each column: some 512 programs at the sizes of training."""
-    return 64 if tokens >= 32_768 else 32 if tokens >= 16_384 else 16
+    """Rows of which a program of the backward pass sums each column: 500 to 1,000 programs at the sizes of training."""
+    return 32 if tokens >= 32_768 else SHORT
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """Of that program: rows at once, columns, warps."""
+    columns = 1 << (width - 1).bit_length()
+    return min(SHORT, max(1, WARP // columns)), columns, max(1, columns // WARP)
 
 
 @torch.library.custom_op("moelab::norm_backward", mutates_args=())
@@ -87,16 +94,14 @@ def _norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of x (…, D) and its norm → dx = d_passed + the norm's gradient, and sums of each `_tall` rows: of weight's (D)
     gradient, of dx, and (LayerNorm, `centered`) of a bias's gradient, (parts, 3 or 2, D) fp32."""
-    import triton
-
     from moelab.model import norm_kernels as kernels
 
     width, tokens = x.shape[-1], x.numel() // x.shape[-1]
-    dx, columns = torch.empty_like(x, memory_format=torch.contiguous_format), triton.next_power_of_2(width)
-    parts = _sums(x, centered)
+    dx, parts = torch.empty_like(x, memory_format=torch.contiguous_format), _sums(x, centered)
+    rows, columns, warps = _tile(width)
     kernels.norm_backward[(len(parts),)](
         d_normed.contiguous(), d_passed.contiguous(), x.contiguous(), weight, dx, parts, tokens, width, EPSILON,
-        CENTERED=centered, TALL=_tall(tokens), ROWS=ROWS, COLUMNS=columns, num_warps=WARPS * max(1, columns // 4096),
+        CENTERED=centered, TALL=_tall(tokens), ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return dx, parts
 
