@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ import torch
 from moelab.config import ModelConfig, MoEConfig, RunFailed, TrainingConfig, UsageError
 from moelab.model import GPT
 from moelab.presets import arm_model
-from moelab.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from moelab.training import checkpoint
+from moelab.training.checkpoint import Checkpoints, Progress, load_checkpoint, save_checkpoint
 from moelab.training.optimizer import make_optimizer
 
 MODEL = ModelConfig(layers=1, heads=2, width=16, context=8, vocabulary=64)
@@ -85,7 +88,7 @@ def damage(place: Path, how: str) -> None:
         content[-1] ^= 1
         weights.write_bytes(bytes(content))
     elif how == "file missing":
-        (place / "optimizer.safetensors").unlink()
+        (place / "exp_avg.safetensors").unlink()
     else:
         (place / "state.json").write_text("{")
 
@@ -126,3 +129,134 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_parameter_that_differs(
 def test_a_checkpoint_names_the_step_it_was_taken_at(tmp_path: Path) -> None:
     place = save_checkpoint(tmp_path, *trained(), Progress(step=7))
     assert json.loads((place / "state.json").read_text())["progress"]["step"] == 7
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU are taken for those of a GPU, from which the host has a copy."""
+    monkeypatch.setattr(checkpoint, "_on_gpu", lambda files: True)
+
+
+def hold_writing(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Events: writing has begun; it may go on."""
+    begun, go = threading.Event(), threading.Event()
+    save_file = checkpoint.save_file
+
+    def held(*given: Any) -> None:
+        begun.set()
+        assert go.wait(30)
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", held)
+    return begun, go
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_what_a_gpu_holds_is_written_as_it_was_while_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained("moe")
+    at_two = {name: t.clone() for name, t in model.state_dict().items()}
+    begun, go = hold_writing(monkeypatch)
+    progress = Progress(step=2)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(model, optimizer, progress)
+            assert begun.wait(30)
+            if step == 2:
+                assert load_checkpoint(tmp_path, *trained("moe", steps=0)) == (None, [])
+            progress.step = 3
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()  # also while the second is copied to where the first was
+            go.set()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    damage(tmp_path / "checkpoints" / "step-00000003", "state cut")
+    fresh, fresh_optimizer = trained("moe", steps=0)
+    progress_then, _ = load_checkpoint(tmp_path, fresh, fresh_optimizer)
+    assert progress_then == Progress(step=2)
+    assert all(torch.equal(t, at_two[name]) for name, t in fresh.state_dict().items())
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_one_before_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    save_checkpoint(tmp_path, model, optimizer, Progress(step=1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    expected = (
+        r"step-00000002: its 0\.0 GB cannot be written \(.*No space left on device\); step-00000001 is kept; make room"
+    )
+    with pytest.raises(RunFailed, match=expected) as failed, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(model, optimizer, Progress(step=2))
+    assert "\n" not in str(failed.value)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizer, Progress(step=2))
+    with pytest.raises(RunFailed, match="step-00000002"):  # before anything of the next is begun
+        checkpoints.save(model, optimizer, Progress(step=3))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=1), [])
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_without_room_for_a_copy_a_checkpoint_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained()
+    held = sum(t.nbytes for t in model.state_dict().values()) * 3
+    monkeypatch.setattr(checkpoint, "available_memory", lambda _: held)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(model, optimizer, Progress(step=1))
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=1), [])
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_an_error_of_training_waits_for_the_checkpoint_and_a_second_ctrl_c_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = hold_writing(monkeypatch)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(*trained(), Progress(step=1))
+    assert begun.wait(30)
+    with pytest.raises(KeyboardInterrupt), checkpoints:
+        raise KeyboardInterrupt
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (None, [])
+    threading.Timer(0.2, go.set).start()
+    with pytest.raises(RunFailed, match="not finite"), checkpoints:
+        raise RunFailed("the loss is not finite")
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=1), [])
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".writing-00000001"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, *trained(), Progress(step=2))
+    assert not left.exists()
+
+
+@pytest.mark.gpu
+def test_of_a_gpu_a_checkpoint_is_copied_and_written_beside(tmp_path: Path) -> None:
+    model, optimizer = trained("moe")
+    model.cuda()
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {n: t.cuda() for n, t in optimizer.state[parameter].items()}
+    kept = {name: t.cpu() for name, t in model.state_dict().items()}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):  # into the same memory
+            checkpoints.save(model, optimizer, Progress(step=step))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += step
+    for step in (2, 1):
+        fresh, _ = trained("moe", steps=0)
+        progress, _ = load_checkpoint(tmp_path, fresh)
+        assert progress == Progress(step=step)
+        for name, parameter in fresh.named_parameters():
+            torch.testing.assert_close(parameter.detach(), kept[name] + (step - 1), rtol=0, atol=1e-6)
+        damage(tmp_path / "checkpoints" / f"step-{step:08d}", "state cut")

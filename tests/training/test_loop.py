@@ -31,7 +31,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def optimizer_state(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "optimizer.safetensors")
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    files = set(newest.glob("*.safetensors")) - {newest / "model.safetensors"}
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

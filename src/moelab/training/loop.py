@@ -45,7 +45,7 @@ from moelab.meters import count_parameters, flops_per_token, model_flops_utiliza
 from moelab.model import GPT
 from moelab.text import PreparedText, prepare
 from moelab.training.batches import Batches, prefetched
-from moelab.training.checkpoint import Progress, has_checkpoint, load_checkpoint, save_checkpoint
+from moelab.training.checkpoint import Checkpoints, Progress, has_checkpoint, load_checkpoint
 from moelab.training.memory import memory_in_words, split_as, split_in_words, split_step
 from moelab.training.optimizer import check_optimizer_state, learning_rate
 from moelab.training.step import Step, check_capture
@@ -233,6 +233,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(model)
         self.peak_flops = peak_flops(device, dtype)
         self.progress = Progress(precision=str(dtype).removeprefix("torch."))
+        self.checkpoints = Checkpoints(folder)
         self.score: Score | None = None
         self.last_line: dict[str, Any] = {}
         self.stop = threading.Event()
@@ -281,6 +282,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             advance = stack.enter_context(self._progress_bar())
             stack.enter_context(self._signals())
+            stack.enter_context(self.checkpoints)
             ahead = stack.enter_context(contextlib.closing(self._windows()))
             stack.callback(self.step.release)
             self._warm_up()
@@ -312,6 +314,8 @@ class Trainer:
                     if checkpoint:
                         self._save()
                     if stopping and not last:
+                        self._say(f"stopping after step {done:,}, when its checkpoint is written")
+                        self.checkpoints.wait()
                         raise Interrupted(f"stopped at step {done:,} of {training.steps:,}; add --resume to go on")
                     clock = time.perf_counter()
 
@@ -404,6 +408,8 @@ class Trainer:
         training = self.config.training
         wider = "" if self.dtype == torch.float32 else ", or --precision fp32"
         clip = "" if training.clip else ", or --clip 1"
+        with contextlib.suppress(RunFailed):
+            self.checkpoints.wait()
         kept = "the checkpoint before it is kept" if has_checkpoint(self.folder) else "there was no checkpoint yet"
         raise Diverged(
             f"step {step}: the {what} is not finite; try a lower --learning-rate (now {training.learning_rate:g}), "
@@ -429,7 +435,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step.scaler.is_enabled():
             self.progress.loss_scale = self.step.scaler.state_dict()
-        save_checkpoint(self.folder, self.model, self.step.optimizer, self.progress)
+        self.checkpoints.save(self.model, self.step.optimizer, self.progress)
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         line["seconds"] = round(self.progress.seconds, 6)
