@@ -136,3 +136,50 @@ def test_slots_are_sorted_by_expert_and_stay_in_order(tokens: int, experts: int,
     assert slot_of_row.tolist() == order.tolist()
     assert row_of_slot[order].tolist() == list(range(indices.numel()))
     assert offsets.tolist() == torch.bincount(expert, minlength=experts + 1).cumsum(0)[:experts].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("experts", [3, 127, 200])
+def test_slots_of_every_integer_type_are_sorted_and_none_counted_twice(dtype: torch.dtype, experts: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.randint(0, min(experts, torch.iinfo(dtype).max), (37, 2), generator=generator).to(dtype)
+    slot_of_row, _, offsets = triton.sort_slots(indices, experts)
+    assert offsets.tolist() == torch.bincount(indices.flatten().int(), minlength=experts).cumsum(0).tolist()
+    assert slot_of_row.tolist() == torch.sort(indices.flatten(), stable=True).indices.tolist()
+
+
+def test_an_index_past_32_bits_is_dropped() -> None:
+    indices = torch.tensor([[1, 2**32], [2**32 + 1, 0]])
+    assert triton.sort_slots(indices, 2)[2].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operators_fit_their_fake_kernels(activation: str, bias: bool) -> None:
+    shape = SHAPES[0]
+    indices = routed(shape).clamp_(min=0)  # rows of dropped slots are not written, and opcheck compares what is there
+    inputs = [t if t is None else t.requires_grad_() for t in drawn(shape, activation, bias, torch.float32)[:6]]
+    torch.library.opcheck(triton.fused_experts, (*inputs[:2], indices, *inputs[2:], activation))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_what_is_kept_for_the_backward_pass_is_the_input_z_and_the_routing(activation: str) -> None:
+    shape = SHAPES[1]
+    tokens, width, hidden, experts, top_k = shape
+    indices = routed(shape)
+    inputs = [t if t is None else t.requires_grad_() for t in drawn(shape, activation, True, torch.float32)[:6]]
+    given = {t.data_ptr() for t in inputs[2:] if t is not None}
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() not in given:
+            kept[t.data_ptr()] = t.nbytes
+        return t
+
+    x, weights, *parameters = inputs
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = triton.expert_mlp(x, weights, indices, *parameters, activation)  # type: ignore[arg-type]
+    assert y.grad_fn is not None
+    slots, inner = tokens * top_k, 2 * hidden if activation == "swiglu" else hidden
+    routing = 4 * slots + 8 * slots + 2 * 4 * slots + 4 * experts  # weights, indices, rows and slots, offsets
+    assert sum(kept.values()) <= 4 * (tokens * width + slots * inner) + routing

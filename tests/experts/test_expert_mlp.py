@@ -316,6 +316,7 @@ REFUSED = {
     "float indices": ({"indices": torch.zeros(5, 2)}, "give (T, K) integers"),
     "w_in": ({"w_in": torch.zeros(4, 8, 9)}, "w_in = (4, 8, 9) float32: give (4, 8, 8)"),
     "b_out": ({"b_out": torch.zeros(8)}, "b_out = (8,) float32: give (4, 8)"),
+    "bool indices": ({"indices": torch.zeros(5, 2, dtype=torch.bool)}, "indices = (5, 2) bool: give (T, K) integers"),
     "x": ({"x": torch.zeros(5, 2, 4)}, "give (T, D) floating point"),
 }
 
@@ -331,7 +332,7 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(case: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-MANY = [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (90, 33, 50, 3, 3)]
+MANY = [(300, 100, 600, 8, 2), (257, 64, 128, 64, 4), (90, 33, 50, 3, 3), (70, 40, 24, 1, 1)]
 
 
 @pytest.mark.gpu
@@ -380,8 +381,8 @@ def test_more_elements_than_32_bits_count_are_right_at_the_far_end(backend: str,
     tokens, width, hidden, experts = LARGE[of]
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
-    if free < 100 * 2**30:
-        pytest.skip(f"needs 100 GiB of free GPU memory, and there are {free / 2**30:.0f}")
+    if free < 74 * 2**30:
+        pytest.skip(f"needs 74 GiB of free GPU memory, and there are {free / 2**30:.0f}")
     g = torch.Generator("cuda").manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:

@@ -222,7 +222,8 @@ def _check(
     tokens, width = x.shape
     experts, _, hidden = w_out.shape
     inner = inner_size(activation, hidden)
-    if indices.ndim != 2 or indices.is_floating_point() or indices.is_complex():
+    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if indices.ndim != 2 or not whole:
         raise UsageError(f"indices = {_form(indices)}: give (T, K) integers")
     expected: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
         ("indices", indices, (tokens, indices.shape[1])),

@@ -22,8 +22,9 @@ import triton.language as tl
 def _bins(indices, first, slots, EXPERTS: tl.constexpr, EXPERTS_2: tl.constexpr, STEP: tl.constexpr):
     """One-hot (STEP, EXPERTS_2) int32 of the experts of `STEP` slots; a dropped slot is in bin EXPERTS."""
     s = first + tl.arange(0, STEP)
-    expert = tl.load(indices + s, mask=s < slots, other=EXPERTS_2).to(tl.int32)
-    expert = tl.where((expert < 0) | ((expert >= EXPERTS) & (s < slots)), EXPERTS, expert)
+    expert = tl.load(indices + s, mask=s < slots, other=0).to(tl.int64)  # of any integer type
+    expert = tl.where((expert < 0) | (expert >= EXPERTS), EXPERTS, expert).to(tl.int32)
+    expert = tl.where(s < slots, expert, EXPERTS_2)
     return expert, (expert[:, None] == tl.arange(0, EXPERTS_2)[None, :]).to(tl.int32)
 
 
