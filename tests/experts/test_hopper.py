@@ -178,6 +178,22 @@ def test_there_is_room_for_every_part_of_a_weight_gradient_that_is_cut(
     assert taken <= room
 
 
+def test_the_trials_have_clusters_of_two_blocks_and_weight_gradients_that_are_cut() -> None:
+    _, *large = hopper.TRIALS
+    for trial in large:
+        slots, busy = self_check.TOP_K * trial.tokens, trial.experts - 1
+        assert slots >= hopper.LOWEST * trial.experts
+        target, _, most = hopper._cuts(slots, trial.experts, 1, 66)
+        assert slots // busy >= 1.5 * target
+        assert most >= 2 * busy
+
+
+@pytest.mark.long
+def test_emulated_the_trials_are_passed(emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "launches", emulated.launches)
+    assert self_check._wrong(hopper, torch.device("cpu")) is None
+
+
 def test_what_it_does_not_take_is_refused_in_one_line() -> None:
     assert "takes bf16" in (hopper.refuses(torch.float32, "gelu", True, False) or "")
     assert hopper.refuses_shape(choice.Shape(384, 128, 128, 2)) is None
@@ -222,6 +238,11 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
         assert found is not None
         assert said is not None
         assert said in found
+        (tmp_path / "asked").write_text("")  # what failed is tried again, what did not end or was wrong is not
+        again = self_check.failure(waiting, torch.device("cpu"))
+        assert again == (None if "fail" in said else found)
+        kept = [str(file) for file in (home / "kernels").iterdir()]
+        assert again is None or (len(kept) == 1 and f"(delete {kept[0]} to have it tried again)" in again)
     sys.modules.pop("waiting")
 
 

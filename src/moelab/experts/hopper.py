@@ -16,7 +16,9 @@ Both passes are operators of `torch.library`, with shapes for the compiler and a
 from __future__ import annotations
 
 import functools
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
@@ -25,17 +27,22 @@ from moelab.experts import cuda as rows_backend
 from moelab.experts import nvrtc
 from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows, address
+from moelab.experts.self_check import Trial
 
-TRIAL = (128, 256)  # D and F of a self-check
 CASTS = True  # matrices come as they are, so that their gradients need not be rounded
 RECOMPUTES = True  # of the rows keeps z alone for the backward pass
 ROWS, COLUMNS, THREADS = 128, 256, 384  # of a product's tile, and of its block: tiles.cuh
 MOST_EXPERTS = 128
 SHARED = 224 * 1024 + 12 * 8 + 2 * 4 * (MOST_EXPERTS + 1)
-SWIGLU = "swiglu"  # has its activation in kernels of its own
+SWIGLU: Final = "swiglu"  # has its activation in kernels of its own
 SUMMED = 256 * 4 * 4  # numbers of a weight gradient that a block of `sum_parts` adds parts of
 LOWEST = 1024  # rows of an expert, of which clusters take 256 at once: fewer would leave too many blocks without any
 DEPTH, SHORTEST = 64, 1024  # rows of an expert that a weight gradient sums at once: a multiple, and the least
+TRIALS = (  # of a self-check: few rows; clusters of two blocks, and weight gradients that are cut
+    Trial(40, 128, 256, 5),
+    Trial(3072, 128, 256, 3),
+    Trial(3072, 128, 256, 3, SWIGLU),
+)
 
 
 def unusable(device: torch.device) -> str | None:
@@ -53,12 +60,15 @@ def unusable(device: torch.device) -> str | None:
 
 
 def identity(device: torch.device) -> tuple[str, ...]:
-    """What decides whether these kernels end: their source, and what compiles and runs them."""
+    """What decides whether these kernels end and are right: their source, and what compiles, launches and runs them."""
     from cuda.bindings import driver
     from cuda.bindings import nvrtc as compiler
 
-    versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], torch.__version__)
-    return (_source(1).text(), _activated(1, "gelu").text(), torch.cuda.get_device_name(device), repr(versions))
+    versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], version("cuda-core"), torch.__version__)
+    sources = (_source(1), _activated(1, "gelu"), rows_backend._rows(torch.bfloat16, "gelu"), rows_backend._ROUTE)
+    launching = (Path(file).read_text() for file in (__file__, rows_backend.__file__, nvrtc.__file__))
+    code = (*(source.text() for source in sources), *launching)
+    return (*code, torch.cuda.get_device_name(device), repr(versions))
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:

@@ -13,16 +13,16 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from moelab.config import Activation, moelab_home
 from moelab.experts import reference
+from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
 
-# Rows that are no multiple of 16 bytes, unless a backend names sizes D and F of its own that it takes (`TRIAL`).
-TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 40, 20, 36, 5, 2
+TOP_K = 2
 PATIENCE = 180  # seconds for a trial in a process of its own, compiling included
 TOLERANCE = 0.05  # relative; a wrong answer is far off, and bf16's rounding is ten times smaller
 
@@ -45,6 +45,18 @@ def refusal(
     return said
 
 
+class Trial(NamedTuple):
+    """A call that a backend is tried with, of K = 2, in which the last expert is idle."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    activation: Activation = "gelu"
+
+
+# Rows are no multiple of 16 bytes. A backend that does not take this, or whose kernels differ, has `TRIALS` of its own.
+SMALL = Trial(40, 20, 36, 5)
 Answer = TypeVar("Answer")
 
 
@@ -71,11 +83,19 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     one that waits for ever, or that takes the CUDA context with it, does no harm.
     """
     elsewhere = _failure_in_a_process(backend, device) if hasattr(backend, "identity") else None
-    return elsewhere or apart(device, _failure, backend, device)
+    if elsewhere is not None:
+        return elsewhere
+    try:
+        return apart(device, _wrong, backend, device)
+    except TrialFailed as problem:
+        return str(problem)
 
 
 def _failure_in_a_process(backend: ModuleType, device: torch.device) -> str | None:
-    """`_failure` in another process, once for an identity of the backend: its answer is kept under MOELAB_HOME."""
+    """`failure` in another process, once for an identity of the backend.
+
+    What is right, wrong or did not end is kept under MOELAB_HOME. What failed is not: it may have been the memory.
+    """
     name = backend.__name__
     key = hashlib.sha256(json.dumps([name, *backend.identity(device)]).encode()).hexdigest()[:32]
     kept = moelab_home() / "kernels" / f"{name.rpartition('.')[2]}-trial-{key}.json"
@@ -83,63 +103,69 @@ def _failure_in_a_process(backend: ModuleType, device: torch.device) -> str | No
         answer: str | None = json.loads(kept.read_text())
         return answer
     code = (
-        f"import json, torch, {name}; from moelab.experts.self_check import _failure; "
-        f"print(json.dumps(_failure({name}, torch.device({str(device)!r}))))"
+        f"import json, torch, {name}; from moelab.experts.self_check import _wrong; "
+        f"print(json.dumps(_wrong({name}, torch.device({str(device)!r}))))"
     )
     try:
         run = [sys.executable, "-c", code]
         done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=PATIENCE)
-        answer = json.loads(done.stdout.splitlines()[-1])
+        wrong = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        answer = f"a trial in a process of its own did not end in {PATIENCE} seconds"
-    except (subprocess.CalledProcessError, ValueError, IndexError) as problem:  # perhaps not the kernels' doing
+        wrong = f"a trial in a process of its own did not end in {PATIENCE} seconds"
+    except (subprocess.CalledProcessError, ValueError, IndexError) as problem:
         said = getattr(problem, "stderr", "").strip().splitlines() or [str(problem)]
-        return f"a trial in a process of its own failed ({said[-1]})"
+        return f"a trial in a process of its own failed ({said[-1].removeprefix(f'{__name__}.TrialFailed: ')})"
+    answer = wrong and f"{wrong} (delete {kept} to have it tried again)"
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(answer))
     return answer
 
 
-def _failure(backend: ModuleType, device: torch.device) -> str | None:
-    """`failure` in this process."""
-    sizes = getattr(backend, "TRIAL", (WIDTH, HIDDEN))
+class TrialFailed(RuntimeError):
+    """A trial has no result; its text is one line."""
+
+
+def _wrong(backend: ModuleType, device: torch.device) -> str | None:
+    """`failure` in this process. Raises `TrialFailed`."""
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
-        bias = refusal(backend, dtype, "gelu", bias=True) is None
-        if not bias and refusal(backend, dtype, "gelu", bias=False) is not None:
-            continue
-        name = str(dtype).removeprefix("torch.")
-        expected = _results(reference, torch.float64, torch.device("cpu"), bias, sizes)
-        try:
-            found = _results(backend, dtype, device, bias, sizes)
-        except Exception as problem:  # whatever it is, it is the reason that the user is told
-            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            return f"a trial call in {name} failed ({line})"
-        for what, value in found.items():
-            error = ((value - expected[what]).norm() / expected[what].norm()).item()
-            if not error <= TOLERANCE:
-                return f"a trial call in {name} gave a wrong {what}, {error:.2g} off relative to float64"
+    for trial in getattr(backend, "TRIALS", (SMALL,)):
+        for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
+            bias = refusal(backend, dtype, trial.activation, bias=True) is None
+            if not bias and refusal(backend, dtype, trial.activation, bias=False) is not None:
+                continue
+            name = str(dtype).removeprefix("torch.")
+            expected = _results(reference, trial, torch.float64, torch.device("cpu"), bias)
+            try:
+                found = _results(backend, trial, dtype, device, bias)
+            except Exception as problem:  # whatever it is, it is the reason that the user is told
+                line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+                raise TrialFailed(f"a trial call in {name} failed ({line})") from problem
+            for what, value in found.items():
+                error = ((value - expected[what]).norm() / expected[what].norm()).item()
+                if not error <= TOLERANCE:
+                    return f"a trial call in {name} gave a wrong {what}, {error:.2g} off relative to float64"
     return None
 
 
 def _results(
-    backend: ModuleType, dtype: torch.dtype, device: torch.device, bias: bool, sizes: tuple[int, int]
+    backend: ModuleType, trial: Trial, dtype: torch.dtype, device: torch.device, bias: bool
 ) -> dict[str, torch.Tensor]:
-    """Output and gradients of one call, D and F being `sizes`, as float64 on the CPU."""
+    """Output and gradients of one call, as float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    width, hidden = sizes
+    tokens, width, hidden, experts, activation = trial
+    inner = inner_size(activation, hidden)
     shapes = {
-        "x": (TOKENS, width),
-        "weights": (TOKENS, TOP_K),
-        "w_in": (EXPERTS, hidden, width),
-        "w_out": (EXPERTS, width, hidden),
+        "x": (tokens, width),
+        "weights": (tokens, TOP_K),
+        "w_in": (experts, inner, width),
+        "w_out": (experts, width, hidden),
     }
     if bias:
-        shapes |= {"b_in": (EXPERTS, hidden), "b_out": (EXPERTS, width)}
+        shapes |= {"b_in": (experts, inner), "b_out": (experts, width)}
     drawn = {name: torch.randn(shape, generator=generator, device="cpu") / 2 for name, shape in shapes.items()}
     upstream = torch.randn(shapes["x"], generator=generator, device="cpu").to(device, dtype)
-    indices = torch.arange(TOKENS * TOP_K, device="cpu").view(TOKENS, TOP_K) * 7 % (EXPERTS - 1)  # the last one is idle
+    indices = torch.arange(tokens * TOP_K, device="cpu").view(tokens, TOP_K) * 7 % (experts - 1)
     indices[3, 1] = -1
     wide = torch.promote_types(dtype, torch.float32)
     leaves = {
@@ -148,7 +174,7 @@ def _results(
     }  # fmt: skip
     x, weights, *parameters = leaves.values()
     biases = [] if bias else [None, None]
-    y = backend.expert_mlp(x, weights, indices.to(device), *parameters, *biases, "gelu")
+    y = backend.expert_mlp(x, weights, indices.to(device), *parameters, *biases, activation)
     gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
     named = {"output": y.detach()} | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {name: t.cpu().double() for name, t in named.items()}
