@@ -204,7 +204,8 @@ class Tile(NamedTuple):
     """Weight gradients: at most so many rows in a sum; longer ones are summed in parts, in their order."""
 
 
-# By product and largest width D, from `benchmarks/tiles.py` on one NVIDIA H200.
+# By product and largest width D: by the registers and shared memory that the compiler reports for sm_90, and by times
+# of the layer on one NVIDIA H200. `benchmarks/tiles.py`, which searches them, was not run yet.
 #   up: x W_inᵀ and the activation    down: h W_outᵀ    slope: dy W_out and the activation's backward    back: dz W_in
 #   in, out: the gradients of W_in and W_out
 TILES: dict[str, dict[int, Tile]] = {
