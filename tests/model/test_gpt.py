@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -152,6 +154,18 @@ def test_arms_share_the_initial_values_of_the_parameters_they_share(arm: str) ->
     shared = {n for n in dense.keys() & other.keys() if dense[n].shape == other[n].shape}
     assert {n for n in dense if "feed_forward." not in n} <= shared
     assert all(torch.equal(dense[n], other[n]) for n in shared)
+
+
+def test_a_value_is_drawn_from_the_seed_and_the_parameters_name_whatever_is_drawn_beside_it() -> None:
+    model = GPT(arm_model("moe", SMALL, MOE), seed=4)
+    residual = 0.02 / math.sqrt(2 * SMALL.layers)
+    names = {"token_embedding": 0.02, "blocks.1.feed_forward.router.weight": 0.02}
+    names |= {f"blocks.{i}.feed_forward.experts.w_out": residual for i in range(SMALL.layers)}
+    for name, deviation in names.items():
+        draw = hashlib.sha256(f"4 {name.replace('.experts.', '.')}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+        parameter = model.get_parameter(name)
+        assert torch.equal(parameter, deviation * torch.randn(parameter.shape, generator=generator)), name
 
 
 def test_seeds_differ_and_repeat() -> None:
