@@ -195,6 +195,16 @@ def test_350m_moe_starts_on_80_gb_and_stops_on_24_with_what_fits() -> None:
     assert "the preset 124m" in said
 
 
+@pytest.mark.parametrize("free", [2, 11, 23.3, 31])
+def test_a_run_that_goes_on_is_refused_with_what_it_may_change(free: float) -> None:
+    with pytest.raises(UsageError) as refused:
+        split_step([run_of("350m", "moe")], CUDA, torch.bfloat16, available=int(free * GIB), resuming=True)
+    options = str(refused.value).partition("what fits: ")[2]
+    flags = set(re.findall(r"--[a-z-]+", options))
+    assert flags <= {"--checkpoint-activations", "--compile", "--out"}
+    assert ("--out" in flags) == (free < 31)
+
+
 @pytest.mark.parametrize("free", [8, 11, 15, 23.3, 31, 37])
 def test_every_option_that_a_refusal_names_can_be_typed_and_fits(free: float) -> None:
     run, available = run_of("350m", "moe"), int(free * GIB)

@@ -176,8 +176,9 @@ def evaluation_memory(run: RunConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def split_step(
-    runs: Sequence[RunConfig], device: torch.device, dtype: torch.dtype, available: int | None = None
-) -> TrainingConfig:
+    runs: Sequence[RunConfig], device: torch.device, dtype: torch.dtype, available: int | None = None,
+    resuming: bool = False,
+) -> TrainingConfig:  # fmt: skip
     """The training of `runs`, which have one batch, with a micro-batch that the memory has room for in all of them.
 
     With `auto_batch` the sequences of a step stay as many, in micro-batches as large as fit: on CPUs, where large ones
@@ -189,6 +190,7 @@ def split_step(
         dtype: of the products.
         available: bytes, of a device that need not be here, instead of the device's; where neither is known the
             settings are taken.
+        resuming: what fits is looked for among what may change when a run goes on.
 
     Raises:
         UsageError: no micro-batch fits, or the given one surely does not: with what would.
@@ -203,7 +205,7 @@ def split_step(
     if not training.auto_batch:
         for run in runs:
             if not room.holds(run, SURELY):
-                raise UsageError(_refusal(run, run.training, room))
+                raise UsageError(_refusal(run, run.training, room, resuming))
         return training
     most = training.batch_size if device.type == "cpu" else training.batch_size * training.accumulation
     splits = list(_splits(training, most))
@@ -213,7 +215,7 @@ def split_step(
     # The smallest need not take the least: a compiled backward pass has its own gradients beside those before it.
     needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
     (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
-    raise UsageError(_refusal(run, split, room))
+    raise UsageError(_refusal(run, split, room, resuming))
 
 
 def _with_its_backend(run: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
@@ -271,18 +273,19 @@ def split_in_words(training: TrainingConfig) -> str:
     return f"{training.accumulation} micro-batch{several} of {training.batch_size} sequence{sequences}"
 
 
-def _refusal(run: RunConfig, split: TrainingConfig, room: _Room) -> str:
+def _refusal(run: RunConfig, split: TrainingConfig, room: _Room, resuming: bool) -> str:
     """The line that says what was needed, and what fits."""
     cut = _cut(run, split)
     needed = room.needs(cut)
-    settings = (_fitting(room, _settings(run, number)) for number in (1, 2, 3))
-    found = [
-        *_fitting(room, _smaller_batches(run))[:1],
-        *next(filter(None, settings), []),
-        *_fitting(room, _matched(run)),
-        *_fitting(room, _smaller_presets(run))[:1],
-    ]
-    options = ", or ".join(found) or "a smaller model, by --layers and --width"
+    settings = (_fitting(room, _settings(run, number, resuming)) for number in (1, 2, 3))
+    found = next(filter(None, settings), [])
+    if not resuming:
+        smaller, matched, presets = (_fitting(room, of(run)) for of in (_smaller_batches, _matched, _smaller_presets))
+        found = [*smaller[:1], *found, *matched, *presets[:1]]
+    last = (
+        "another GPU, or to start anew with another --out" if resuming else "a smaller model, by --layers and --width"
+    )
+    options = ", or ".join(found) or last
     return (
         f"memory = {gib(room.available)} free on {room.device.type}: {run.preset} {run.arm} needs "
         f"{gib(room.takes(cut) / FILL)} in micro-batches of {split.batch_size} (weights and AdamW state "
@@ -313,14 +316,15 @@ def _smaller_batches(run: RunConfig) -> Options:
             yield words, replace(run, training=split)
 
 
-def _settings(run: RunConfig, number: int) -> Options:
-    """Settings of training, `number` of them together."""
+def _settings(run: RunConfig, number: int, resuming: bool) -> Options:
+    """Settings of training, `number` of them together; of a run that goes on those that may change."""
     known: list[tuple[str, dict[str, Any]]] = [
         ("--checkpoint-activations", {"checkpoint_activations": True}),
         ("--optimizer-state bf16", {"optimizer_state": "bf16"}),
         ("--optimizer-state 8bit", {"optimizer_state": "8bit"}),
         ("--compile off", {"compile": "off"}),
     ]
+    known = [(words, settings) for words, settings in known if not resuming or "optimizer_state" not in settings]
     for chosen in itertools.combinations(known, number):
         changed = {name: value for _, settings in chosen for name, value in settings.items()}
         if len(changed) == number:  # not two states

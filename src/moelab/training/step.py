@@ -7,6 +7,7 @@ host one copy and one launch; what is not captured runs the same code, kernel by
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,12 @@ def check_capture(config: TrainingConfig, device: torch.device) -> None:
     """Raises `UsageError` if a step cannot be captured on a device and is to be."""
     if config.capture == "on" and device.type != "cuda":
         raise UsageError(f"capture = on: needs a CUDA device, and this run is on {device.type}; give auto or off")
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one that steps are captured on: cuBLAS keeps workspaces for each stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 class Step:
@@ -88,7 +95,7 @@ class Step:
             synchronize(self.device)
             return None
         # Not on the default stream: autograd would remember it for each parameter and leave the capture for it.
-        stream = torch.cuda.Stream(self.device)
+        stream = _side_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._open_libraries()
