@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -609,6 +610,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         print(f"moelab: {str(stop) or 'stopped'}", file=sys.stderr)
+        if "torch" in sys.modules:
+            from moelab.training.checkpoint import writing
+
+            if writing():  # the interpreter would end under its threads, and abort
+                sys.stderr.flush()
+                os._exit(130)
         return 130
     except BrokenPipeError:
         return 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -190,17 +192,40 @@ def test_a_checkpoint_that_cannot_be_written_is_said_in_one_line_and_the_one_bef
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     expected = (
-        r"step-00000002: its 0\.0 GB cannot be written \(.*No space left on device\); step-00000001 is kept; make room"
+        r"step-00000002: its 0\.1 MB cannot be written \(.*No space left on device\); step-00000001 is kept; make room"
     )
     with pytest.raises(RunFailed, match=expected) as failed, Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(model, optimizer, Progress(step=2))
     assert "\n" not in str(failed.value)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(model, optimizer, Progress(step=2))
-    with pytest.raises(RunFailed, match="step-00000002"):  # before anything of the next is begun
-        checkpoints.save(model, optimizer, Progress(step=3))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=1), [])
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_after_a_checkpoint_that_could_not_be_written_the_next_is_tried_at_once_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file, room = checkpoint.save_file, [False]
+
+    def full(*given: Any) -> None:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    model, optimizer = trained()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(model, optimizer, Progress(step=2)) is None
+        with pytest.raises(RunFailed, match="step-00000003"):
+            checkpoints.save(model, optimizer, Progress(step=3))
+        assert checkpoints.save(model, optimizer, Progress(step=4)) is None
+        while checkpoint.writing():
+            pass
+        room[0] = True
+        said = checkpoints.save(model, optimizer, Progress(step=5))
+        assert said is not None
+        assert "step-00000004: its 0.1 MB cannot be written" in said
+        assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=5), [])
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -225,11 +250,40 @@ def test_an_error_of_training_waits_for_the_checkpoint_and_a_second_ctrl_c_does_
     assert begun.wait(30)
     with pytest.raises(KeyboardInterrupt), checkpoints:
         raise KeyboardInterrupt
-    assert load_checkpoint(tmp_path, *trained(steps=0)) == (None, [])
+    go.set()
+    while checkpoint.writing():
+        pass
+    assert load_checkpoint(tmp_path, *trained(steps=0)) == (None, [])  # another process may be at work there by then
+    checkpoints = Checkpoints(tmp_path)
+    go.clear()
+    checkpoints.save(*trained(), Progress(step=1))
     threading.Timer(0.2, go.set).start()
     with pytest.raises(RunFailed, match="not finite"), checkpoints:
         raise RunFailed("the loss is not finite")
     assert load_checkpoint(tmp_path, *trained(steps=0)) == (Progress(step=1), [])
+
+
+def test_a_process_that_is_stopped_while_it_writes_ends_with_130(tmp_path: Path) -> None:
+    """And not by an abort of the interpreter, which ends under the threads that write."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from moelab import cli\n"
+        "from moelab.training import checkpoint\n"
+        "from moelab.training.checkpoint import Checkpoints, Progress\n"
+        "checkpoint._on_gpu = lambda files: True\n"
+        "def command(words):\n"
+        "    model = torch.nn.Linear(4096, 4096)\n"
+        "    with Checkpoints(Path(sys.argv[1])) as checkpoints:\n"
+        "        checkpoints.save(model, torch.optim.SGD(model.parameters()), Progress(step=1))\n"
+        "        raise KeyboardInterrupt\n"
+        "cli.COMMANDS['stopped'] = command\n"
+        "sys.exit(cli.main(['stopped']))\n"
+    )
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "moelab: stopped\n")
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
 def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -351,3 +352,22 @@ def test_fp16_resumes_with_its_loss_scale(tiny_run: MakeRun, tmp_path: Path, mon
         with pytest.raises(Interrupted):
             train(run, tmp_path / "cut")
     assert train(run, tmp_path / "cut", resume=True)["val_loss"] == whole["val_loss"]
+
+
+def test_a_full_disk_is_said_in_one_line(tiny_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Trainer, line: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_write_metrics", full)
+    with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\); make room and add --resume"):
+        train(tiny_run("dense"), tmp_path / "run")
+
+
+@pytest.mark.gpu
+def test_two_runs_of_a_process_take_the_same_memory_on_a_gpu(tiny_run: MakeRun, tmp_path: Path) -> None:
+    """None leaves workspaces of a library behind, which the next would be charged with."""
+    peaks = [
+        train(tiny_run("moe", device="cuda", compile="on", capture="on"), tmp_path / str(number))["peak_memory_bytes"]
+        for number in range(3)
+    ]
+    assert max(peaks) - min(peaks) < 2**20

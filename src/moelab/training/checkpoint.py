@@ -72,19 +72,27 @@ class Checkpoints:
         self.run = run
         self._copy: Files = {}
         self._writing: Background | None = None
+        self._given_up = threading.Event()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> str | None:
         """Writes, or begins to write, the checkpoint at `progress.step`, when the one before is complete.
 
+        Where the one before could not be written this one is written at once, and that is what it returns.
+
         Raises:
-            RunFailed: this one, or the one before, cannot be written.
+            RunFailed: this one cannot be written.
         """
-        self.wait()
+        said = None
+        try:
+            self.wait()
+        except RunFailed as problem:
+            said = str(problem)
         files, progress = _files(model, optimizer), replace(progress)
-        if not self._copied(files):
+        if said is not None or not self._copied(files):
             _write(self.run, files, progress)
         else:
-            self._writing = Background(lambda: _write(self.run, self._copy, progress))
+            self._writing = Background(lambda: _write(self.run, self._copy, progress, self._given_up))
+        return said
 
     def wait(self) -> None:
         """Until what was begun is complete. Raises `RunFailed` where it cannot be written."""
@@ -111,9 +119,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception):  # which is what is to be said; a second Ctrl-C does not wait
+        elif issubclass(kind, Exception):  # which is what is to be said
             with suppress(RunFailed):
                 self.wait()
+        else:  # a second Ctrl-C does not wait, and what another process may do here is left alone
+            self._given_up.set()
 
 
 class Background(threading.Thread):
@@ -147,7 +157,12 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
     return _write(run, _files(model, optimizer), progress)
 
 
-def _write(run: Path, files: Files, progress: Progress) -> Path:
+def writing() -> bool:
+    """Whether a checkpoint is being written, which an interpreter that ends now would not survive."""
+    return any(isinstance(thread, Background) for thread in threading.enumerate())
+
+
+def _write(run: Path, files: Files, progress: Progress, given_up: threading.Event | None = None) -> Path:
     folder = run / "checkpoints"
     place, aside = folder / f"step-{progress.step:08d}", folder / f".writing-{progress.step:08d}"
     digests: dict[str, str] = {}
@@ -170,6 +185,8 @@ def _write(run: Path, files: Files, progress: Progress) -> Path:
         state = {"progress": asdict(progress), "sha256": dict(sorted(digests.items()))}
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         _flush(aside / "state.json")
+        if given_up is not None and given_up.is_set():
+            return place
         if place.exists():
             shutil.rmtree(place)
         os.replace(aside, place)
@@ -178,7 +195,7 @@ def _write(run: Path, files: Files, progress: Progress) -> Path:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as problem:
         shutil.rmtree(aside, ignore_errors=True)
-        size = f"{_bytes(files) / 1e9:.1f} GB"
+        size = f"{_bytes(files) / 1e6:,.1f} MB"
         kept = f"; {_checkpoints(run)[0].name} is kept" if _checkpoints(run) else ""
         raise RunFailed(
             f"checkpoint = {place}: its {size} cannot be written ({problem}){kept}; make room and add --resume to go on"

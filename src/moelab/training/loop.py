@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -68,6 +69,9 @@ MAY_DIFFER = frozenset(
 ) | {"model.moe.backend", "data.source", "data.ranks"}
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what a disk says that takes no more
+
+
 class Diverged(RunFailed):
     """The loss or the gradient of a run is not finite."""
 
@@ -105,7 +109,14 @@ def train(
     check_optimizer_state(run.training.optimizer_state)
     check_capture(run.training, device)
     with claimed(folder, "training"):
-        return _train(run, folder, device, dtype, resume, profile, command, console)
+        try:
+            return _train(run, folder, device, dtype, resume, profile, command, console)
+        except OSError as problem:
+            if problem.errno not in FULL:
+                raise
+            raise RunFailed(
+                f"out = {folder}: cannot be written ({problem.strerror}); make room and add --resume to go on"
+            ) from None
 
 
 def _train(
@@ -114,8 +125,9 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     _refuse_another(folder, resume)
     text = prepare(run.data)
+    resuming = resume and (folder / "config.json").exists()
     run = replace(run, model=replace(run.model, vocabulary=padded_vocabulary(text.tokenizer.vocabulary)))
-    if resume and (folder / "config.json").exists():
+    if resuming:
         run = replace(run, training=split_as(run.training, stored_run(folder).training))
         difference = first_difference(stored_run(folder), run)
         if difference:
@@ -126,7 +138,7 @@ def _train(
     if run.model.moe is not None:
         chosen = backend_of(run.model, device, dtype, run.training.deterministic)
         announce(chosen, lambda line: console.print(line, soft_wrap=True, highlight=False))
-    given, run = run.training, replace(run, training=split_step([run], device, dtype))
+    given, run = run.training, replace(run, training=split_step([run], device, dtype, resuming=resuming))
     if given.auto_batch:
         console.print(f"{split_in_words(run.training)} a step", highlight=False, soft_wrap=True)
     trainer = Trainer(run, folder, text, device, dtype, console)
@@ -435,7 +447,9 @@ class Trainer:
     def _save(self) -> None:
         if self.step.scaler.is_enabled():
             self.progress.loss_scale = self.step.scaler.state_dict()
-        self.checkpoints.save(self.model, self.step.optimizer, self.progress)
+        said = self.checkpoints.save(self.model, self.step.optimizer, self.progress)
+        if said is not None:
+            self._say(said)
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         line["seconds"] = round(self.progress.seconds, 6)
