@@ -163,28 +163,38 @@ def _where_it_won(stored: Sequence[Stored]) -> list[str]:
         "which flatters the cheaper arm. Of one seed it is said which loss was lower and not who won."
     )
     headings = ["size", "arm", "against", "at equal tokens", "at equal training FLOPs", "in equal training time"]
-    return ["## Where the experts won", text, _table(headings, rows), *_size_alone(stored)]
+    return ["## Where the experts won", text, _table(headings, rows), *_size_alone(stored), *_several_codes(stored)]
 
 
 def _size_alone(stored: Sequence[Stored]) -> list[str]:
     """Whether a larger dense model is the better one on so many tokens: of what experts add, that much is size."""
-    gained: dict[bool, list[str]] = {True: [], False: []}
+    entries = {one.name: one.entry("comparisons", "dense-wide", "dense", "tokens") for one in stored}
+    told = [f"{name} {_verdict(entry)}" for name, entry in entries.items() if entry]
+    if not told:
+        return []
+    return [
+        "Size alone: `dense-wide`, which is as large as the active part of moe, against `dense` at equal tokens: "
+        f"{'; '.join(told)}. Where it is not below dense, a larger dense model is not shown to be the better one on "
+        "these tokens at this learning rate."
+    ]
+
+
+def _several_codes(stored: Sequence[Stored]) -> list[str]:
+    """Sizes whose arms were not all trained by one version of the code, which may have made some faster."""
+    told = []
     for one in stored:
-        dense, wide = (one.mean(arm, "val_loss") if arm in one.arms else None for arm in ("dense", "dense-wide"))
-        if dense is not None and wide is not None:
-            gained[wide < dense].append(f"{one.name} ({signed(wide - dense)})")
-    words = []
-    if gained[True]:
-        words.append(
-            "The loss of `dense-wide`, which is as large as the active part of moe, is below dense's at "
-            f"{', '.join(gained[True])}."
-        )
-    if gained[False]:
-        words.append(
-            f"`dense-wide`'s is not below dense's at {', '.join(gained[False])}: on these tokens and at this learning "
-            "rate a larger dense model is not a better one there."
-        )
-    return [" ".join(words)] if words else []
+        codes: dict[str, list[str]] = {}
+        for entry in one.results["environments"]:
+            codes.setdefault(entry["environment"].get("commit") or "not recorded", []).extend(entry["runs"])
+        if len(codes) > 1:
+            parts = [f"{code}: {', '.join(runs)}" for code, runs in codes.items()]
+            told.append(f"{one.name} ({'; '.join(parts)})")
+    if not told:
+        return []
+    return [
+        "Not all runs of a size were made by one commit, so that their times are not those of one code: "
+        f"{'; '.join(told)}."
+    ]
 
 
 def _verdict(entry: dict[str, Any] | None) -> str:
@@ -253,6 +263,7 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     for one in stored:
         groups.setdefault(one.name.partition(RATE)[0], {})[one.results["training"]["learning_rate"]] = one
     rows, words = [], []
+    seeds: dict[str, set[int]] = {}
     for name, by_rate in groups.items():
         best = {}
         for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms):
@@ -265,20 +276,26 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
                 continue
             best[arm] = min(known.items(), key=lambda entry: entry[1])
             told = [f"{rate:g}: {loss:.4f}" for rate, loss in sorted(known.items())]
-            rows.append([name, arm, ", ".join(told), f"{best[arm][0]:g}", f"{best[arm][1]:.4f}"])
+            edge = {min(known): " (the lowest tried)", max(known): " (the highest tried)"}.get(best[arm][0], "")
+            rows.append(
+                [name, arm, str(len(common)), ", ".join(told), f"{best[arm][0]:g}{edge}", f"{best[arm][1]:.4f}"]
+            )
+            seeds.setdefault(name, set()).update(common)
         for arm, against in PAIRS:
             if arm in best and against in best:
                 difference = best[arm][1] - best[against][1]
                 verdict = "below" if difference < 0 else "above"
-                words.append(f"At {name}, each at its best, {arm} is {abs(difference):.3f} {verdict} {against}.")
+                of = "one seed" if len(seeds[name]) == 1 else f"{len(seeds[name])} seeds, without an interval"
+                words.append(f"At {name}, each at its best, {arm} is {abs(difference):.3f} {verdict} {against} ({of}).")
     if not rows:
         return []
     text = (
         "The loss at equal tokens of every arm at several peak learning rates, the mean over the seeds that were run "
         "at all of them. An arm whose rate is far from its best is the commonest unfair comparison. The best is chosen "
-        "on the held-out text that it is reported on, for every arm alike."
+        "on the held-out text that it is reported on, for every arm alike; one at the edge of what was tried may lie "
+        "beyond it."
     )
-    headings = ["size", "arm", "loss at each learning rate", "best", "its loss"]
+    headings = ["size", "arm", "seeds", "loss at each learning rate", "best", "its loss"]
     return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]
 
 
@@ -308,7 +325,7 @@ class Fits:
 def _worth(fits: Fits) -> list[str]:
     parts = []
     for group, law in fits.laws.items():
-        parts += _law_words(group, law)
+        parts += [*_law_words(group, law), *_alone_words(fits.alone[group])]
         headings = [
             "run with experts", "loss", "its training FLOPs", "dense FLOPs for that loss", "dense ÷ its own",
             "by `dense` alone",
@@ -332,13 +349,26 @@ def _worth(fits: Fits) -> list[str]:
     return ["## By how much compute", text, *parts]
 
 
+def _formula(law: PowerLaw) -> str:
+    floor = f"{law.floor:.3f} + " if law.floor else ""
+    return f"L(C) = {floor}{law.drop:.3f} · (C / {quantity(law.unit, FLOPS)}FLOP)^−{law.exponent:.3f}"
+
+
+def _alone_words(law: PowerLaw | None) -> list[str]:
+    if law is None:
+        return []
+    residuals = ", ".join(signed(residual) for residual in law.residuals)
+    return [
+        f"By `dense` alone: {_formula(law)}, fitted to {len(law.points)} runs, which lie {residuals} above it. With as "
+        "few runs as that their own chance is not in the residuals: a seed's loss moves by some 0.02."
+    ]
+
+
 def _law_words(group: tuple[int, int], law: PowerLaw) -> list[str]:
     (context, tokens), (least, most) = group, law.range
-    floor = f"{law.floor:.3f} + " if law.floor else ""
     why = "" if law.floor else " (no floor: too few amounts of compute to tell one, or none found)"
     words = (
-        f"Context {context:,}, {quantity(tokens)} tokens: L(C) = {floor}{law.drop:.3f} · "
-        f"(C / {quantity(law.unit, FLOPS)}FLOP)^−{law.exponent:.3f}{why}, fitted to {len(law.points)} runs from "
+        f"Context {context:,}, {quantity(tokens)} tokens: {_formula(law)}{why}, fitted to {len(law.points)} runs from "
         f"{quantity(least, FLOPS)}FLOP to {quantity(most, FLOPS)}FLOP."
     )
     rows = [
@@ -367,7 +397,7 @@ def _multiplier(law: PowerLaw, run: Point) -> str:
     worst = max(map(abs, law.residuals))
     bounds = [law.compute(run.loss + worst), law.compute(run.loss - worst)]
     told = [DASH if bound is None else f"{bound / run.compute:.2f}" for bound in bounds]
-    return f"**{compute / run.compute:.2f} ×** ({told[0]} to {told[1]} with the largest residual added and taken off)"
+    return f"{compute / run.compute:.2f} × ({told[0]} to {told[1]} with the largest residual added and taken off)"
 
 
 def _arm(point: Point) -> str:

@@ -86,10 +86,10 @@ def test_the_multiplier_that_losses_were_drawn_with_is_recovered(multiplier: flo
 
 def test_the_page_says_what_the_loss_is_worth_and_where_that_is_extrapolated(tmp_path: Path) -> None:
     text = page(tmp_path, {size: stored(size, 1.8) for size in FLOPS})
-    assert worth(text, "124m moe").startswith("**1.80 ×** (1.80 to 1.80 with the largest residual")
+    assert worth(text, "124m moe").startswith("1.80 × (1.80 to 1.80 with the largest residual")
     assert worth(text, "350m moe").startswith("more than 1.00 ×; extrapolated: 1.80 × by the fit")
     assert "fitted to 8 runs from 4.92 PFLOP to 178 PFLOP" in text
-    assert "L(C) = 2.200 + " in text
+    assert text.count("L(C) = 2.200 + ") == 2  # of all dense runs, and of the arm alone
     picture = (tmp_path / f"compute-1024-{TOKENS}.svg").read_text()
     assert all(picture.count(f">{words}<") == 1 for words in (*FLOPS, "dense", "moe", "dense-wide"))
 
@@ -99,8 +99,8 @@ def test_a_worse_dense_wide_flatters_the_experts_by_one_fit_and_not_by_the_other
     for results in sizes.values():
         results["arms"]["dense-wide"]["runs"][0]["val_loss"] += 0.1
     by_all, alone = worths(page(tmp_path, sizes), "124m moe")
-    assert alone.startswith("**1.20 ×** (1.20 to 1.20")
-    assert float(by_all[2:6]) > 1.25
+    assert alone.startswith("1.20 × (1.20 to 1.20")
+    assert float(by_all[:4]) > 1.25
 
 
 def test_a_loss_under_the_floor_is_beyond_every_dense_compute(tmp_path: Path) -> None:
@@ -144,13 +144,30 @@ def test_who_won_is_said_of_each_budget(tmp_path: Path, figures: dict[str, Any],
     assert f"| 5m | moe | dense | {said} | not measured | not measured |" in text
 
 
-def test_where_size_alone_did_not_pay_is_said(tmp_path: Path) -> None:
-    entries = [entry("moe", "tokens", difference=0.1, ci95=None, interpolated=False)]
-    sizes = {size: stored(size, 1.0, comparisons=entries) for size in ("5m", "40m")}
-    sizes["40m"]["arms"]["dense-wide"]["runs"][0]["val_loss"] = law(FLOPS["40m"] * TOKENS) + 0.05
+def test_what_size_alone_did_is_said_as_who_won_is(tmp_path: Path) -> None:
+    told = {"5m": (-0.02, [-0.03, -0.01]), "40m": (0.01, [-0.03, 0.05]), "124m": (0.05, None)}
+    sizes = {}
+    for size, (difference, interval) in told.items():
+        wide = entry("dense-wide", "tokens", difference=difference, ci95=interval, interpolated=False)
+        sizes[size] = stored(size, 1.0, comparisons=[wide | {"arm": "moe"}, wide])
     text = page(tmp_path, sizes)
-    assert f"below dense's at 5m (−{law(FLOPS['5m'] * TOKENS) - law(FLOPS['5m'] * TOKENS * WIDER):.3f})." in text
-    assert "`dense-wide`'s is not below dense's at 40m (+0.050):" in text
+    assert (
+        "at equal tokens: 5m **won**, −0.020 (−0.030 to −0.010); 40m no difference shown, +0.010 (−0.030 to +0.050); "
+        "124m **higher**, +0.050. Where" in text
+    )
+
+
+def test_arms_that_different_code_trained_are_named(tmp_path: Path) -> None:
+    def made(*commits: str | None) -> list[dict[str, Any]]:
+        return [{"environment": {"device": "a GPU", "commit": c}, "runs": [f"run-{c}"]} for c in commits]
+
+    entries = [entry("moe", "tokens", difference=0.1, ci95=None, interpolated=False)]
+    sizes = {
+        "5m": stored("5m", 1.0, comparisons=entries, environments=made("abc", None)),
+        "40m": stored("40m", 1.0, comparisons=entries, environments=made("abc", "abc")),
+    }
+    text = page(tmp_path, sizes)
+    assert "those of one code: 5m (abc: run-abc; not recorded: run-None)." in text
 
 
 @pytest.mark.parametrize(
@@ -177,8 +194,9 @@ def test_arms_are_compared_at_the_best_of_their_learning_rates(tmp_path: Path) -
         write_aside(tmp_path / name / "results.json", json.dumps(results))
     text = write_page(tmp_path, {name: Comparison(preset=name.partition("-")[0]) for name in sizes}).read_text()
     dense, moe = law(FLOPS["5m"] * TOKENS), law(FLOPS["5m"] * TOKENS * WIDER * 4.0)
-    assert f"| 5m | dense | 0.0003: {dense:.4f}, 0.001: {dense + 1:.4f} | 0.0003 | {dense:.4f} |" in text
-    assert f"| 0.001 | {moe:.4f} |" in text
-    assert f"At 5m, each at its best, moe is {dense - moe:.3f} below dense." in text
+    losses = f"0.0003: {dense:.4f}, 0.001: {dense + 1:.4f}"
+    assert f"| 5m | dense | 1 | {losses} | 0.0003 (the lowest tried) | {dense:.4f} |" in text
+    assert f"| 0.001 (the highest tried) | {moe:.4f} |" in text
+    assert f"At 5m, each at its best, moe is {dense - moe:.3f} below dense (one seed)." in text
     assert "At 40m" not in text
     assert "fitted to 8 runs" in text
