@@ -41,7 +41,7 @@ TIMES: dict[str, Any] = {
 
 def forget() -> None:
     choice._said.clear()
-    for cached in (choice.table, choice.measured_times, choice.order):
+    for cached in (choice.table, choice.measured_times, choice.order, choice.device_class):
         cached.cache_clear()
 
 
@@ -111,6 +111,39 @@ def test_of_the_gpus_measured_the_nearest_stands_in(tmp_path: Path, monkeypatch:
         c: choice.order(f"compute capability {c}", torch.bfloat16, SMALL).backends[0] for c in ("8.0", "10.0", "12.1")
     }
     assert first == {"8.0": "triton", "10.0": "triton", "12.1": "cuda"}
+
+
+# Of the committed table's bf16 times on 9.0, where the products of cuda and grouped_mm are one kernel. Elsewhere these
+# multiply expert by expert, and wait for the host.
+@pytest.mark.parametrize("width", [256, 512, 768, 1024])
+@pytest.mark.parametrize(
+    ("capability", "dtype", "experts"),
+    [
+        ("9.0", torch.float16, 8), ("9.0", torch.bfloat16, 1024), ("10.0", torch.float16, 8),
+        *((number, dtype, 8) for number in ("8.0", "8.9", "12.0") for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)  # fmt: skip
+def test_times_of_one_kernel_for_all_experts_say_nothing_of_one_an_expert(
+    capability: str, dtype: torch.dtype, experts: int, width: int
+) -> None:
+    found = choice.order(f"compute capability {capability}", dtype, Shape(width, 4 * width, experts, 2))
+    assert [name for name in found.backends if name != "hopper"] == ["triton", "cuda", "grouped_mm", "reference"]
+    assert found.basis.endswith(", but for cuda and grouped_mm, whose products are one kernel only there")
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+def test_where_products_are_one_kernel_too_its_times_stand_in(capability: str) -> None:
+    for width, second in ((256, "triton"), (512, "cuda"), (768, "cuda"), (1024, "cuda")):
+        found = choice.order(f"compute capability {capability}", torch.bfloat16, Shape(width, 4 * width, 8, 2))
+        assert found.backends[:2] == ("hopper", second)
+        assert found.basis.endswith(f"D = {width:,}, F = {4 * width:,}, E = 8, K = 2")
+
+
+def test_info_says_whose_times_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    said = choice.in_words(torch.device("cuda", 0))
+    assert said == "by times of compute capability 9.0; compute capability 8.0 was not measured"
 
 
 def test_every_backend_of_the_orders_is_one_that_auto_may_pick() -> None:

@@ -2,8 +2,9 @@
 
 `measured.json` has the times, made by `benchmarks/choose.py` from what `moelab bench layer --json` wrote. The nearest
 measured shape decides. Where nothing was measured the other 16-bit type stands in, or for a GPU the nearest one, and
-else the order is `ORDER`, on NVIDIA GPUs `GPU_ORDER`. The number of tokens has no say, so that training, evaluation and
-sampling of one model use one backend, and a compiled graph does not depend on it.
+else the order is `ORDER`, on NVIDIA GPUs `GPU_ORDER`, as it is of backends whose times do not carry over (`GROUPED`).
+The number of tokens has no say, so that training, evaluation and sampling of one model use one backend, and a compiled
+graph does not depend on it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from typing import Any, NamedTuple
 import torch
 
 from moelab.device import cpu_has_bf16
+from moelab.experts import products
 
 # Of `auto` where nothing was measured. `reference` stays last wherever it stands in the times: it breaks a compiled
 # graph, as megablocks does, which is not here at all; in fp32 only triton's products do not wait for the host on a GPU.
 ORDER = ("grouped_mm", "triton", "cuda", "hopper", "reference")
 GPU_ORDER = ("triton", "cuda", "hopper", "grouped_mm", "reference")
+# Of these the products are `products`': times of one kernel for all experts say nothing of where they run an expert at
+# a time and wait for the host, nor the other way round.
+GROUPED = ("cuda", "grouped_mm")
 OTHER_HALF = {"float16": ("bfloat16",), "bfloat16": ("float16",)}  # whose times stand in where there are none
 CAPABILITY = "compute capability"
 TABLE = Path(__file__).with_name("measured.json")
@@ -77,13 +82,17 @@ def order(devices: str, dtype: torch.dtype, shape: Shape) -> Order:
         for measured in (precision, *OTHER_HALF.get(precision, ())):
             if times := measured_times(known).get(measured):
                 nearest = min(times, key=lambda sizes: _distance(sizes, shape))
-                fastest = sorted(
-                    (name for name in times[nearest] if name in ORDER[:-1]), key=times[nearest].__getitem__
-                )
+                one_there, one_here = _one_kernel(known, measured, nearest), _one_kernel(devices, precision, shape)
+                apart = GROUPED if one_there != one_here else ()
+                timed = (name for name in times[nearest] if name in ORDER[:-1] and name not in apart)
+                fastest = sorted(timed, key=times[nearest].__getitem__)
                 names = (*fastest, *(name for name in unmeasured if name not in fastest))
                 basis = (
                     f"by {measured} times on {known} at {nearest}{'' if nearest == shape else ', the nearest measured'}"
                 )
+                if apart:
+                    where = "there" if one_there else "here"
+                    basis += f", but for {' and '.join(apart)}, whose products are one kernel only {where}"
                 own = (known, measured) == (devices, precision)
                 return Order(names, basis if own else f"{precision} was not measured on {devices}; {basis}")
     return Order(unmeasured, f"{precision} was not measured on {devices}")
@@ -107,12 +116,19 @@ def _capability(devices: str) -> float | None:
     return float(number) if kind == CAPABILITY else None
 
 
+def _one_kernel(devices: str, precision: str, shape: Shape) -> bool:
+    """Whether `products` are one kernel for all experts."""
+    number = _capability(devices)
+    return number is not None and products.built_as_one(getattr(torch, precision), int(number), shape.experts)
+
+
 def in_words(device: torch.device) -> str:
     """What `auto` goes by on a device."""
     devices = device_class(device)
     for known in _alike(devices):
         if measured_times(known):
-            return f"the fastest measured on {known}" + ("" if known == devices else f"; {devices} was not")
+            own = known == devices
+            return f"the fastest measured on {known}" if own else f"by times of {known}; {devices} was not measured"
     return f"first usable of {', '.join(_unmeasured(devices))}"
 
 

@@ -24,12 +24,16 @@ AMX_LINE = 32
 def one_kernel(rows: torch.Tensor, experts: int) -> bool:
     """Whether grouped_mm has a kernel that takes all experts at once, without the host.
 
-    PyTorch builds it for compute capabilities 9.x and 10.x, bf16, and fewer than 1,024 groups; and it refuses the
-    strides of fewer rows than 16 bytes hold.
+    It refuses the strides of fewer rows than 16 bytes hold.
     """
-    if not rows.is_cuda or rows.dtype != torch.bfloat16 or experts >= 1024 or rows.shape[0] < LINE:
+    if not rows.is_cuda or rows.shape[0] < LINE:
         return False
-    return torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+    return built_as_one(rows.dtype, torch.cuda.get_device_capability(rows.device)[0], experts)
+
+
+def built_as_one(dtype: torch.dtype, generation: int, experts: int) -> bool:
+    """Whether PyTorch builds that kernel for NVIDIA GPUs of compute capability `generation`.x."""
+    return dtype == torch.bfloat16 and generation in (9, 10) and experts < 1024
 
 
 def grouped(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
