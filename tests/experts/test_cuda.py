@@ -14,8 +14,8 @@ import torch
 from emulated_gpu import EmulatedLaunch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelab.config import UsageError
 from moelab.experts import cuda, nvrtc, reference
+from moelab.experts.choice import Shape
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -315,12 +315,11 @@ def test_the_operators_fit_their_fake_kernels_and_trace_into_one_graph() -> None
 
 
 def test_what_the_kernels_do_not_take_is_refused_in_one_line() -> None:
-    x, weights, indices = torch.ones(2, 4), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)
     refused = cuda.refuses(torch.float64, "gelu", bias=True, deterministic=False)
     assert refused == "precision = float64: the backend cuda takes bf16, fp16 and fp32; give another --backend"
-    many = torch.ones(3001, 4, 4)
-    with pytest.raises(UsageError, match="experts = 3001: the backend cuda takes 3000"):
-        cuda.expert_mlp(x, weights, indices, many, many, None, None, "gelu")
+    assert cuda.refuses_shape(Shape(4, 4, 3000, 1)) is None
+    many = cuda.refuses_shape(Shape(4, 4, 3001, 1))
+    assert many == "experts = 3001: the backend cuda takes 3000; give another --backend"
 
 
 # On a GPU, beside test_expert_mlp.py

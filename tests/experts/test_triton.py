@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from moelab.config import UsageError
 from moelab.experts import triton as backend
+from moelab.experts.choice import Shape
 from moelab.model import fused_router, head
 from moelab.training import optimizer
 
@@ -37,6 +39,23 @@ def test_the_interpreted_kernels_are_right(file: str) -> None:
         run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=280
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_more_experts_than_the_sort_has_bins_for_are_refused_in_one_line() -> None:
+    refused = backend.refuses_shape(Shape(64, 64, 8192, 2))
+    assert refused == "experts = 8192: the backend triton takes 8191; give another --backend"
+    assert backend.refuses_shape(Shape(64, 64, 8191, 2)) is None
+    core = pytest.importorskip("triton.language.core", reason="Triton is not installed: pip install triton")
+    largest = backend.BLOCKS * backend._power_of_2(backend.MOST_EXPERTS + 1)
+    assert largest <= core.TRITON_MAX_TENSOR_NUMEL < 2 * largest
+
+
+def test_more_slots_than_the_sort_numbers_are_refused_in_one_line() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    slots = torch.zeros(1, dtype=torch.int64).expand(2**31 - 2**15 + 1, 1)  # of one element
+    with pytest.raises(UsageError) as said:
+        backend.sort_slots(slots, 8)
+    assert str(said.value) == "slots = 2147450881: the backend triton takes 2147450880; give fewer tokens a step"
 
 
 TYPES = {

@@ -25,6 +25,7 @@ import torch
 from moelab.config import Activation, UsageError
 from moelab.experts import nvrtc, products, requirements
 from moelab.experts.activation import inner_size
+from moelab.experts.choice import Shape
 
 DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32"}
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "silu", "swiglu")  # by the numbers that rows.cu knows them by
@@ -49,6 +50,13 @@ def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministi
     return None
 
 
+def refuses_shape(shape: Shape) -> str | None:
+    """Why experts of such sizes are not taken; None if they are."""
+    if shape.experts > MOST_EXPERTS:
+        return f"experts = {shape.experts}: the backend cuda takes {MOST_EXPERTS}; give another --backend"
+    return None
+
+
 def expert_mlp(
     x_TD: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -60,8 +68,6 @@ def expert_mlp(
     activation: Activation,
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked and of x's dtype, the weights fp32."""
-    if w_in.shape[0] > MOST_EXPERTS:
-        raise UsageError(f"experts = {w_in.shape[0]}: the backend cuda takes {MOST_EXPERTS}; use another backend")
     y: torch.Tensor = torch.ops.moelab.dispatched_experts(
         x_TD.contiguous(), weights_TK.contiguous(), indices_TK.long().contiguous(), w_in.contiguous(),
         w_out.contiguous(), None if b_in is None else b_in.contiguous(), None if b_out is None else b_out.contiguous(),

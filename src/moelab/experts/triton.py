@@ -21,10 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moelab.config import Activation
+from moelab.config import Activation, UsageError
+from moelab.experts.choice import Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECOMPUTES = True  # of the rows keeps z alone for the backward pass
+BLOCKS = 128  # programs of the sort, at most: each of them adds up the counts of all
+MOST_EXPERTS = 2**13 - 1  # and a bin of dropped slots, times BLOCKS: the numbers of Triton's largest tile
+MOST_SLOTS = 2**31 - 2**15  # places in the sort are int32, rounded up to whole steps of its programs
 
 
 def unusable(device: torch.device) -> str | None:
@@ -42,6 +46,13 @@ def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministi
     if dtype not in DTYPES:
         precision = str(dtype).removeprefix("torch.")
         return f"precision = {precision}: the backend triton takes bf16, fp16 and fp32; give another --backend"
+    return None
+
+
+def refuses_shape(shape: Shape) -> str | None:
+    """Why experts of such sizes are not taken; None if they are."""
+    if shape.experts > MOST_EXPERTS:
+        return f"experts = {shape.experts}: the backend triton takes {MOST_EXPERTS}; give another --backend"
     return None
 
 
@@ -293,8 +304,10 @@ def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch
     from moelab.experts import triton_kernels as kernels
 
     slots, bins = indices.numel(), _power_of_2(experts + 1)
+    if slots > MOST_SLOTS:
+        raise UsageError(f"slots = {slots}: the backend triton takes {MOST_SLOTS}; give fewer tokens a step")
     step = max(16, min(256, 16384 // bins))
-    span = max(4, -(-slots // (step * 128))) * step  # at most 128 programs, whose counts each of them adds up
+    span = max(4, -(-slots // (step * BLOCKS))) * step
     blocks = -(-slots // span)
     counts = torch.empty(blocks, bins, dtype=torch.int32, device=indices.device)
     slot_of_row = torch.empty(slots, dtype=torch.int32, device=indices.device)
