@@ -115,6 +115,14 @@ def test_what_is_missing_is_named_with_the_command_that_mends_it(monkeypatch: py
     assert "GPU" in str(cuda.unusable(torch.device("cpu")))
 
 
+@needs_nvrtc
+def test_a_cuda_core_without_the_maps_of_hopper_is_too_old_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("cuda.core.TensorMapDescriptor")  # as cuda-core 0.6 is
+    said = str(nvrtc.no_compiler())
+    assert "cannot be used (cannot import name 'TensorMapDescriptor'" in said
+    assert said.endswith("; pip install --upgrade 'moelab[cuda]'")
+
+
 # Without a GPU: the emulated one
 
 

@@ -6,12 +6,13 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moelab.cli import main
-from moelab.experts import cuda, megablocks, mlp, requirements
+from moelab.experts import cuda, hopper, megablocks, mlp, requirements, triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DRIVER = "nvidia-smi"
@@ -71,6 +72,52 @@ def test_an_old_gpu_and_an_amd_one_are_named_and_nothing_mends_them(
     assert str(megablocks.unusable(GPU)).startswith(old)
     machine(monkeypatch, tmp_path, capability=(9, 4), amd="6.4")
     assert cuda.unusable(GPU) == "needs an NVIDIA GPU, and this is an AMD one; nothing mends that here"
+
+
+@pytest.mark.parametrize("known", [{}, {"built": "13.0", "capability": (7, 5)}, {"capability": (9, 4), "amd": "6.4"}])
+def test_every_reason_is_followed_by_what_mends_it(
+    known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, tmp_path, **known)
+    device = GPU if known else CPU
+    reasons = {name: backend.unusable(device) for name, backend in mlp.BACKENDS.items()}
+    assert {name for name, reason in reasons.items() if reason} >= {"cuda", "hopper"}
+    assert [name for name, reason in reasons.items() if reason and "; " not in reason] == []
+
+
+def test_triton_asks_for_a_gpu_as_others_do_unless_it_interprets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, tmp_path)
+    assert triton.unusable(CPU) == requirements.no_gpu(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.unusable(CPU) == requirements.no_triton()
+    monkeypatch.setitem(sys.modules, "triton", None)  # as Python has a module that cannot be imported
+    assert str(triton.unusable(CPU)) == requirements.no_triton()
+
+
+def test_a_gpu_that_is_not_hopper_is_named_before_what_is_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, tmp_path, built="13.0", capability=(10, 0))
+    assert hopper.unusable(GPU) == "needs compute capability 9.0, and this GPU has 10.0; nothing mends that here"
+
+
+def test_a_megablocks_that_cannot_be_imported_is_installed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in megablocks.INSTALL or name == "moelab.experts.megablocks_layers":
+            monkeypatch.delitem(sys.modules, name)
+    for module in megablocks.INSTALL:
+        (tmp_path / f"{module}.py").write_text("raise ImportError('of another PyTorch')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    machine(monkeypatch, tmp_path, built="13.0", capability=(9, 0))
+    problem, mended = str(megablocks.unusable(GPU)).split("; ")
+    assert problem == "importing megablocks failed (of another PyTorch)"
+    removed, *installed = mended.split(" && ")
+    assert removed == "pip uninstall -y stanford-stk megablocks"
+    assert installed == [command for _, command in megablocks.INSTALL.values()]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import torch
 
 from moelab.config import Activation
 from moelab.experts import cuda as rows_backend
-from moelab.experts import nvrtc
+from moelab.experts import nvrtc, requirements
 from moelab.experts.choice import Shape
 from moelab.experts.cuda import Routing, Rows, address
 from moelab.experts.self_check import Trial
@@ -47,16 +47,11 @@ TRIALS = (  # of a self-check: few rows; clusters of two blocks, and weight grad
 
 def unusable(device: torch.device) -> str | None:
     """Why this backend cannot be used on a device; None if it can."""
-    if (reason := rows_backend.unusable(device)) is not None:
-        return reason
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"needs compute capability 9.0, and this GPU has {major}.{minor}"
-    try:
-        from cuda.core import TensorMapDescriptor  # noqa: F401
-    except ImportError:
-        return f"needs cuda-core 1.2; {nvrtc.MEND}"
-    return None
+    if device.type == "cuda" and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) != (9, 0):
+            return f"needs compute capability 9.0, and this GPU has {major}.{minor}; {requirements.NOTHING}"
+    return rows_backend.unusable(device)
 
 
 def identity(device: torch.device) -> tuple[str, ...]:

@@ -41,7 +41,9 @@ def unusable(device: torch.device) -> str | None:
             importlib.import_module("moelab.experts.megablocks_layers")
         except Exception as problem:  # of another version, or of an extension built for another PyTorch
             line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            reasons.append(f"importing megablocks failed ({line})")
+            names, commands = zip(*INSTALL.values(), strict=True)
+            again = " && ".join((f"pip uninstall -y {' '.join(names)}", *commands))
+            reasons.append(f"importing megablocks failed ({line}); {again}")
     return "; ".join(filter(None, reasons)) or None
 
 

@@ -34,7 +34,7 @@ def no_compiler() -> str | None:
             return f"{package} is not installed; {MEND}"
     try:
         from cuda.bindings import nvrtc
-        from cuda.core import LEGACY_DEFAULT_STREAM, Program, launch  # noqa: F401
+        from cuda.core import LEGACY_DEFAULT_STREAM, Program, TensorMapDescriptor, launch  # noqa: F401
     except ImportError as problem:
         return f"cuda-core {version('cuda-core')} cannot be used ({problem}); {MEND}"
     try:

@@ -15,13 +15,13 @@ Both passes are operators of `torch.library`, with shapes for the compiler and a
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from typing import Any, NamedTuple
 
 import torch
 
 from moelab.config import Activation, UsageError
+from moelab.experts import requirements
 from moelab.experts.choice import Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,12 +33,8 @@ MOST_SLOTS = 2**31 - 2**15  # places in the sort are int32, rounded up to whole 
 
 def unusable(device: torch.device) -> str | None:
     """Why this backend cannot be used on a device; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; it comes with CUDA builds of PyTorch"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return None if major >= 8 else f"needs compute capability 8.0 or more, and this GPU has {major}.{minor}"
-    return None if _interpreted() else f"needs a CUDA device, and this is {device.type}"
+    reason = None if requirements.interpreted(device) else requirements.no_gpu(device)
+    return reason or requirements.no_triton()
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:
