@@ -146,6 +146,12 @@ def test_info_says_whose_times_stand_in(monkeypatch: pytest.MonkeyPatch) -> None
     assert said == "by times of compute capability 9.0; compute capability 8.0 was not measured"
 
 
+def test_the_page_on_kernels_states_the_orders() -> None:
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    for right in (ORDER, GPU_ORDER):
+        assert ", ".join(f"`{name}`" for name in right) in page
+
+
 def test_every_backend_of_the_orders_is_one_that_auto_may_pick() -> None:
     assert set(ORDER) == set(GPU_ORDER) < set(mlp.BACKENDS)
     assert ORDER[-1] == GPU_ORDER[-1] == "reference"
