@@ -182,7 +182,7 @@ class BenchLayerFlags:
     json: Path | None = None
     """Also write the figures to this file."""
     picture: Path | None = None
-    """Also draw them to this file (.png or .svg)."""
+    """Also draw them to this file (.png, .svg or .pdf)."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class BenchStepFlags:
     json: Path | None = None
     """Also write the figures to this file."""
     picture: Path | None = None
-    """Also draw them to this file (.png or .svg)."""
+    """Also draw them to this file (.png, .svg or .pdf)."""
 
 
 @dataclass(frozen=True)
@@ -410,8 +410,11 @@ def _timed(
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """Measures, prints, and writes what is to be written, the figures as they come in."""
+    picture = flags.picture
+    drawn = picture is None or picture.suffix.lower() in (".png", ".svg", ".pdf")
+    require(drawn, "picture", picture, "give a name that ends in .png, .svg or .pdf")
     _check_writable(flags.json)
-    _check_writable(flags.picture, "picture")
+    _check_writable(picture, "picture")
 
     from moelab.training.loop import write_aside
 
@@ -427,8 +430,8 @@ def _timed(
     show(results, Console())
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
-    if flags.picture:
-        draw(results, flags.picture)
+    if picture:
+        draw(results, picture)
     if results["stopped"]:
         raise KeyboardInterrupt
 

@@ -166,6 +166,25 @@ def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pyte
     assert not math.isnan(rows[1]["ratio"])
 
 
+@pytest.mark.parametrize("bench", ["layer --widths 16 --tokens 20", "step --arms dense --sequences 1 --no-parts"])
+@pytest.mark.parametrize("name", ["a.bmp", "a"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_timed(
+    bench: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / name
+    words = f"bench {bench} --rounds 1 --steps 1 --device cpu --picture".split()
+    assert main([*words, str(picture)]) == 2
+    assert capsys.readouterr() == ("", f"moelab: picture = {picture}: give a name that ends in .png, .svg or .pdf\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.PNG", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_every_picture_that_is_taken_is_drawn(name: str, start: bytes, tmp_path: Path) -> None:
+    words = "bench layer --widths 16 --tokens 20 --rounds 1 --steps 1 --device cpu --backends reference".split()
+    assert main([*words, "--picture", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_every_column_is_measured() -> None:
     results = bench_layer(LayerBench(widths=(128,), tokens=2048, rounds=2, steps=2, backends=("grouped_mm",)))
