@@ -427,13 +427,16 @@ def _timed(
         results = measure(flags.bench, lambda line: print(f"moelab: {line}", file=sys.stderr), keep)
     finally:
         signal.signal(signal.SIGTERM, before)
-    show(results, Console())
+    if results["rows"]:
+        show(results, Console())
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
-    if picture:
+    if picture and results["rows"]:
         draw(results, picture)
     if results["stopped"]:
         raise KeyboardInterrupt
+    if results.get("failed"):
+        raise RunFailed(results["failed"])
 
 
 def info(arguments: list[str]) -> None:

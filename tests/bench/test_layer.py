@@ -133,6 +133,53 @@ def test_what_cannot_be_timed_is_refused(change: dict[str, object], line: str) -
         bench_layer(replace(SMALL, backends=("fast",)))
 
 
+def test_a_layer_that_has_no_room_is_one_line_and_the_widths_before_it_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"bench layer --widths 16 {2**40} --tokens 20 --rounds 1 --steps 1 --device cpu --backends reference"
+    assert main([*words.split(), "--json", str(tmp_path / "a.json")]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        f"moelab: memory: cpu has too little for T = 20, D = {2**40:,}, F = 4·D, E = 8; "
+        "give fewer --tokens or --experts, or smaller --widths or --multiple"
+    )
+    assert "reference" in out
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert (results["stopped"], results["failed"]) == (False, err.splitlines()[-1].removeprefix("moelab: "))
+    assert [row["width"] for row in results["rows"]] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    "size", ["--multiple 1e12", "--multiple 1e15", "--multiple 1e20", "--tokens 1" + 12 * "0", "--experts 1" + 12 * "0"]
+)
+def test_no_size_that_memory_lacks_ends_in_a_traceback(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"bench layer --widths 256 --tokens 20 --rounds 1 --steps 1 --device cpu --backends reference {size}"
+    assert main([*words.split(), "--picture", str(tmp_path / "a.png")]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("moelab: memory: cpu has too little for T = ")
+    assert not out  # nor an empty table
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_has_no_room_for_the_reference_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate …")
+
+    monkeypatch.setattr(Layer, "double", full)
+    assert bench_layer(SMALL)["failed"].startswith("memory: cpu has too little for T = 40, D = 16, F = 2·D, E = 4;")
+
+
+def test_an_error_that_is_not_of_memory_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a device that is lost")
+
+    monkeypatch.setattr(Layer, "double", broken)
+    with pytest.raises(RuntimeError, match="a device that is lost"):
+        bench_layer(SMALL)
+
+
 def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.CaptureFixture[str]) -> None:
     results = bench_layer(replace(SMALL, backends=("grouped_mm",)))
     results["rows"][1] |= {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ TWIN = "dense twin"
 PROFILED = (
     3  # rounds in which the kernels' time is taken too: a GPU that throttles is not the same from one to the next
 )
+NO_MEMORY = re.compile("out of memory|allocate memory|[Oo]verflow")  # on CPUs it is an error like others
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
@@ -130,10 +132,10 @@ def bench_layer(
 
     Returns:
         {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings", "tokens",
-        "stopped" (by Ctrl-C, at a width that has no rows), "rows": [{"width", "backend", "error" (worst relative error
-        against float64) or "reason" (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms",
-        "backward_ms", "tflops", "peak_mib", "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device
-        cannot measure is None.
+        "stopped" (by Ctrl-C, at a width that has no rows), "failed" (a line, where memory is too small for a width,
+        which has no rows), "rows": [{"width", "backend", "error" (worst relative error against float64) or "reason"
+        (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "tflops", "peak_mib",
+        "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device cannot measure is None.
 
     Raises:
         UsageError: a device, precision or backend that is not there.
@@ -159,12 +161,21 @@ def bench_layer(
         "settings": asdict(settings),
         "tokens": tokens,
         "stopped": True,
+        "failed": None,
         "rows": rows,
     }
     with contextlib.suppress(KeyboardInterrupt):  # the widths that were timed are not lost
         for width in settings.widths:
             say(f"D = {width}")
-            rows += _width(settings, width, tokens, device, dtype, obstacles)
+            try:
+                rows += _width(settings, width, tokens, device, dtype, obstacles)
+            except (RuntimeError, TypeError) as problem:
+                if not NO_MEMORY.search(str(problem)):
+                    raise
+                sizes = f"T = {tokens:,}, D = {width:,}, F = {settings.multiple:g}·D, E = {settings.experts:,}"
+                smaller = "fewer --tokens or --experts, or smaller --widths or --multiple"
+                results["failed"] = f"memory: {device.type} has too little for {sizes}; give {smaller}"
+                break
             keep(results)
         results["stopped"] = False
     return results
