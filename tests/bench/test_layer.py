@@ -81,6 +81,18 @@ def test_a_backend_that_refuses_such_a_layer_gets_a_row_with_the_reason(monkeypa
         assert row.get("reason") == ("bias = True: give --no-bias" if bias else None)
 
 
+def test_only_backends_that_are_named_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    slow = ModuleType("slow")
+    slow.unusable = lambda device: tried.append("slow") or "not here"  # type: ignore[attr-defined]
+    monkeypatch.setitem(mlp.BACKENDS, "slow", slow)
+    rows = bench_layer(replace(SMALL, widths=(16,), backends=("reference",)))["rows"]
+    assert [row["backend"] for row in rows] == ["dense twin", "reference"]
+    assert not tried
+    bench_layer(replace(SMALL, widths=(16,), backends=("slow",)))
+    assert tried
+
+
 @pytest.mark.parametrize(
     "rules", [{"activation": "swiglu", "bias": True}, {"routing": "one-hot"}, {"routing": "zipf:1.5"}], ids=str
 )

@@ -144,13 +144,10 @@ def bench_layer(
     dtype = compute_dtype(settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()  # as training does
-    ours = {name: availability(name, device) for name in BACKENDS}
-    obstacles = {name: None if found.usable else found.reason for name, found in ours.items()}
-    obstacles |= {name: peer.obstacle() for name, peer in PEERS.items()}
+    known = (*BACKENDS, *PEERS)
     for name in settings.backends:
-        require(name in obstacles, "backends", name, f"give some of {', '.join(obstacles)}")
-    if settings.backends:
-        obstacles = {name: reason for name, reason in obstacles.items() if name in settings.backends}
+        require(name in known, "backends", name, f"give some of {', '.join(known)}")
+    obstacles = {name: _obstacle(name, device) for name in known if name in (settings.backends or known)}
     tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
     rows: list[dict[str, Any]] = []
     results = {
@@ -179,6 +176,14 @@ def bench_layer(
             keep(results)
         results["stopped"] = False
     return results
+
+
+def _obstacle(name: str, device: torch.device) -> str | None:
+    """Why a backend or peer cannot be timed, found by trying it; None if it can."""
+    if name in PEERS:
+        return PEERS[name].obstacle()
+    found = availability(name, device)
+    return None if found.usable else found.reason
 
 
 def _width(
