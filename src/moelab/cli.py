@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from rich.console import Console
 
-from moelab.bench.layer import LayerBench
+from moelab.bench.layer import TWIN, LayerBench
 from moelab.bench.step import StepBench
 from moelab.config import (
     DataConfig,
@@ -437,6 +437,10 @@ def _timed(
         raise KeyboardInterrupt
     if results.get("failed"):
         raise RunFailed(results["failed"])
+    named, experts = flags.bench.backends, [row for row in results["rows"] if row["backend"] not in (None, TWIN)]
+    if named != type(flags.bench).backends and experts and all("reason" in row for row in experts):
+        known = "moelab info lists those usable here"
+        raise RunFailed(f"backends = {', '.join(named)}: none got a time, for the reasons above; {known}")
 
 
 def info(arguments: list[str]) -> None:

@@ -225,6 +225,37 @@ def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pyte
     assert not math.isnan(rows[1]["ratio"])
 
 
+NAMED = {"layer": "--widths 16 --tokens 20", "step": "--arms dense moe --sequences 1 --no-parts"}
+
+
+@pytest.mark.parametrize("bench", NAMED)
+def test_where_no_named_backend_gets_a_time_the_table_says_why_and_the_bench_has_failed(
+    bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"bench {bench} {NAMED[bench]} --rounds 1 --steps 1 --device cpu --backends cuda hopper --json"
+    assert main([*words.split(), str(tmp_path / "a.json")]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == (
+        "moelab: backends = cuda, hopper: none got a time, for the reasons above; moelab info lists those usable here"
+    )
+    assert "dense" in out
+    assert "hopper: no time: " in out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["backend"] for row in rows if "reason" in row] == ["cuda", "hopper"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"layer {NAMED['layer']} --backends cuda reference",
+        f"step {NAMED['step']} --backends cuda auto",
+        f"step {NAMED['step']} --backends cuda --arms dense",
+    ],
+)
+def test_one_named_backend_with_a_time_or_no_experts_to_time_is_no_failure(words: str) -> None:
+    assert main(f"bench {words} --rounds 1 --steps 1 --device cpu".split()) == 0
+
+
 @pytest.mark.parametrize("bench", ["layer --widths 16 --tokens 20", "step --arms dense --sequences 1 --no-parts"])
 @pytest.mark.parametrize("name", ["a.bmp", "a"])
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_timed(
