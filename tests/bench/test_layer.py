@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from moelab.bench import LayerBench, bench_layer
-from moelab.bench.layer import Layer, _laid_down
+from moelab.bench.defaults import filled
+from moelab.bench.layer import SMALL_LAYERS, FullLayerBench, Layer, _laid_down
 from moelab.bench.peers import PEERS
 from moelab.bench.report import print_layer
 from moelab.cli import main
@@ -40,6 +41,28 @@ def test_every_usable_backend_and_the_twin_have_a_time_at_every_width() -> None:
     twin = [row for row in results["rows"] if row["backend"] == "dense twin"]
     assert [row["ratio"] for row in twin] == [1, 1]
     assert results["environment"]["torch"] == torch.__version__
+
+
+def test_on_a_cpu_what_was_not_given_is_small_and_said() -> None:
+    said: list[str] = []
+    results = bench_layer(LayerBench(tokens=9, rounds=1, device="cpu", backends=("reference",)), said.append)
+    assert said[0] == "on cpu it runs small: --widths 128 256 --steps 4; give these flags for more"
+    assert [row["width"] for row in results["rows"]] == [128, 128, 256, 256]
+    asked = results["settings"]
+    assert (asked["widths"], asked["tokens"], asked["rounds"], asked["steps"]) == ((128, 256), 9, 1, 4)
+
+
+def test_what_is_given_is_taken_on_a_cpu_without_a_word() -> None:
+    said: list[str] = []
+    bench_layer(replace(SMALL, backends=("reference",)), said.append)
+    assert said == ["D = 16", "D = 24"]
+
+
+def test_a_gpu_is_given_large_layers_without_a_word() -> None:
+    said: list[str] = []
+    full = filled(LayerBench(rounds=3), FullLayerBench, SMALL_LAYERS, torch.device("cuda"), said.append)
+    assert (full.widths, full.tokens, full.rounds, full.steps) == ((256, 512, 768, 1024), 32_768, 3, 8)
+    assert not said
 
 
 def test_a_backend_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

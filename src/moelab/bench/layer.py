@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from moelab.bench.clock import busy_ms, captured, peak_and_kept_mib, wall_ms
+from moelab.bench.defaults import filled
 from moelab.bench.peers import PEERS, peer_mlp
 from moelab.config import Activation, ModelConfig, MoEConfig, Precision, UsageError, require
 from moelab.device import compute_dtype, environment, keep_freed_memory, resolve_device
@@ -45,8 +46,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 class LayerBench:
     """What is timed."""
 
-    widths: tuple[int, ...] = (256, 512, 768, 1024)
-    """Widths D."""
+    widths: tuple[int, ...] | None = None
+    """Widths D; 256, 512, 768 and 1,024 on a GPU, 128 and 256 on a CPU when not given."""
     tokens: int | None = None
     """Tokens T; 32,768 on a GPU and 1,024 on a CPU when not given."""
     experts: int = 8
@@ -65,21 +66,36 @@ class LayerBench:
     """Arithmetic of the products."""
     backends: tuple[str, ...] = ()
     """Backends to time, and of other packages scattermoe and sonicmoe; all that are usable here when none is named."""
-    rounds: int = 7
-    """Rounds of each; the median is reported."""
-    steps: int = 8
-    """Steps of a round."""
+    rounds: int | None = None
+    """Rounds of each; the median is reported. 7 on a GPU and 5 on a CPU when not given."""
+    steps: int | None = None
+    """Steps of a round; 8 on a GPU and 4 on a CPU when not given."""
     device: str = "auto"
     """cuda, cuda:N or cpu."""
 
     def __post_init__(self) -> None:
-        for name in ("experts", "top_k", "rounds", "steps"):
-            require(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "give 1 or more")
+        for name in ("experts", "top_k", "tokens", "rounds", "steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name.replace("_", "-"), value, "give 1 or more")
         require(self.top_k <= self.experts, "top-k", self.top_k, f"give 1 to {self.experts}, the number of experts")
         require(0 < self.multiple < math.inf, "multiple", self.multiple, "give more than 0")
-        require(bool(self.widths) and min(self.widths) >= 1, "widths", self.widths, "give one or more, each 1 or more")
-        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "give 1 or more")
+        widths = self.widths
+        sound = widths is None or (len(widths) > 0 and min(widths) >= 1)
+        require(sound, "widths", widths, "give one or more, each 1 or more")
         _skew(self.routing)
+
+
+@dataclass(frozen=True)
+class FullLayerBench(LayerBench):
+    """With nothing left to the device; the defaults are a GPU's."""
+
+    widths: tuple[int, ...] = (256, 512, 768, 1024)
+    tokens: int = 32_768
+    rounds: int = 7
+    steps: int = 8
+
+
+SMALL_LAYERS = {"widths": (128, 256), "tokens": 1_024, "rounds": 5, "steps": 4}  # 10 s on two cores
 
 
 def _skew(routing: str) -> float | None:
@@ -131,11 +147,11 @@ def bench_layer(
         keep: is called after each width with what there is by then, "stopped".
 
     Returns:
-        {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings", "tokens",
-        "stopped" (by Ctrl-C, at a width that has no rows), "failed" (a line, where memory is too small for a width,
-        which has no rows), "rows": [{"width", "backend", "error" (worst relative error against float64) or "reason"
-        (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "tflops", "peak_mib",
-        "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device cannot measure is None.
+        {"environment", "devices" (their class, by `choice`), "date", "peers" (their versions), "settings" (in full),
+        "tokens", "stopped" (by Ctrl-C, at a width that has no rows), "failed" (a line, where memory is too small for a
+        width, which has no rows), "rows": [{"width", "backend", "error" (worst relative error against float64) or
+        "reason" (why there is no time), "wall_ms", "busy_ms", "captured_ms", "forward_ms", "backward_ms", "tflops",
+        "peak_mib", "kept_mib", "ratio" (busy over the twin's; wall on a CPU)}]}; what a device cannot measure is None.
 
     Raises:
         UsageError: a device, precision or backend that is not there.
@@ -148,7 +164,7 @@ def bench_layer(
     for name in settings.backends:
         require(name in known, "backends", name, f"give some of {', '.join(known)}")
     obstacles = {name: _obstacle(name, device) for name in known if name in (settings.backends or known)}
-    tokens = settings.tokens or (32_768 if device.type == "cuda" else 1_024)
+    settings = filled(settings, FullLayerBench, SMALL_LAYERS, device, say)
     rows: list[dict[str, Any]] = []
     results = {
         "environment": environment(device, dtype),
@@ -156,7 +172,7 @@ def bench_layer(
         "peers": {name: peer.version() for name, peer in PEERS.items() if obstacles.get(name, "") is None},
         "date": datetime.now(UTC).date().isoformat(),
         "settings": asdict(settings),
-        "tokens": tokens,
+        "tokens": settings.tokens,
         "stopped": True,
         "failed": None,
         "rows": rows,
@@ -165,11 +181,11 @@ def bench_layer(
         for width in settings.widths:
             say(f"D = {width}")
             try:
-                rows += _width(settings, width, tokens, device, dtype, obstacles)
+                rows += _width(settings, width, device, dtype, obstacles)
             except (RuntimeError, TypeError) as problem:
                 if not NO_MEMORY.search(str(problem)):
                     raise
-                sizes = f"T = {tokens:,}, D = {width:,}, F = {settings.multiple:g}·D, E = {settings.experts:,}"
+                sizes = f"T = {settings.tokens:,}, D = {width:,}, F = {settings.multiple:g}·D, E = {settings.experts:,}"
                 smaller = "fewer --tokens or --experts, or smaller --widths or --multiple"
                 results["failed"] = f"memory: {device.type} has too little for {sizes}; give {smaller}"
                 break
@@ -187,11 +203,10 @@ def _obstacle(name: str, device: torch.device) -> str | None:
 
 
 def _width(
-    settings: LayerBench, width: int, tokens: int, device: torch.device, dtype: torch.dtype,
-    obstacles: dict[str, str | None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    settings: FullLayerBench, width: int, device: torch.device, dtype: torch.dtype, obstacles: dict[str, str | None]
+) -> list[dict[str, Any]]:
     """The rows of one width; `obstacles` has what may be timed, and why it cannot."""
-    hidden = max(1, round(settings.multiple * width))
+    tokens, hidden = settings.tokens, max(1, round(settings.multiple * width))
     moe = MoEConfig(settings.experts, settings.top_k, expert_hidden=hidden)
     config = ModelConfig(1, 1, width, 1, activation=settings.activation, bias=settings.bias, moe=moe)
     generator = torch.Generator().manual_seed(0)
@@ -287,7 +302,7 @@ def _results(layer: Layer, x: torch.Tensor, upstream: torch.Tensor) -> tuple[dic
 
 
 def _timed(
-    settings: LayerBench, layers: dict[str, nn.Module], x: torch.Tensor, upstream: torch.Tensor
+    settings: FullLayerBench, layers: dict[str, nn.Module], x: torch.Tensor, upstream: torch.Tensor
 ) -> dict[str, dict[str, float | None]]:
     """The times of each layer, all in turns."""
     device = x.device
