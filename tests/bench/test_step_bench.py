@@ -18,8 +18,9 @@ from rich.console import Console
 
 from moelab.bench import parts as parts_module
 from moelab.bench import step as step_module
+from moelab.bench.defaults import filled
 from moelab.bench.parts import PARTS, TimedStep
-from moelab.bench.step import StepBench, bench_step
+from moelab.bench.step import SMALL_STEPS, FullStepBench, StepBench, bench_step
 from moelab.bench.step_report import draw_step, print_step
 from moelab.cli import main
 from moelab.config import ModelConfig, MoEConfig, RunConfig, TrainingConfig, UsageError
@@ -63,6 +64,31 @@ def test_a_row_says_what_was_trained_how_fast_and_where_the_time_went(results: d
     assert "ratio" not in dense
 
 
+def test_on_a_cpu_what_was_not_given_is_small_and_said() -> None:
+    said: list[str] = []
+    found = bench_step(StepBench(arms=("dense",), steps=1, parts=False, device="cpu"), said.append)
+    assert said[:2] == [
+        "on cpu it runs small: --sizes smoke --sequences 8 --rounds 3; give these flags for more",
+        "smoke dense",
+    ]
+    (row,) = found["rows"]
+    assert (row["size"], row["batch_size"] * row["accumulation"], len(row["rounds_ms"])) == ("smoke", 8, 3)
+    asked = found["settings"]
+    assert (asked["sizes"], asked["sequences"], asked["rounds"], asked["steps"]) == (("smoke",), 8, 3, 1)
+
+
+def test_a_gpu_is_given_large_models_without_a_word() -> None:
+    said: list[str] = []
+    full = filled(StepBench(steps=3), FullStepBench, SMALL_STEPS, torch.device("cuda"), said.append)
+    assert (full.sizes, full.sequences, full.rounds, full.steps) == (("5m", "40m", "124m", "350m"), 32, 5, 3)
+    assert not said
+
+
+def test_a_micro_batch_that_does_not_divide_the_devices_sequences_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch-size = 3: give a number that divides the 8 sequences of a step"):
+        bench_step(StepBench(batch_size=3, device="cpu"))
+
+
 def batches() -> Batches:
     return Batches(np.arange(1000, dtype=np.uint16) % 64, 16, TRAINING.batch_size, TRAINING.accumulation, 0)
 
@@ -97,6 +123,7 @@ def test_every_part_begins_when_its_work_does_forward_and_backward(monkeypatch: 
         ({"arms": ("sparse",)}, "arms = sparse: give some of dense, moe"),
         ({"backends": ("fast",)}, "backends = fast: give some of auto, grouped_mm"),
         ({"batch_size": 3}, "batch-size = 3: give a number that divides the 2 sequences of a step"),
+        ({"batch_size": 0}, "batch-size = 0: give 1 or more"),
         ({"rounds": 0}, "rounds = 0: give 1 or more"),
     ],
 )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from moelab.bench.clock import busy_ms
+from moelab.bench.defaults import filled
 from moelab.bench.parts import TimedStep
 from moelab.config import ModelConfig, Precision, RunConfig, RunFailed, TrainingConfig, UsageError, require
 from moelab.device import (
@@ -56,8 +57,8 @@ class StepBench:
     """Arms of each size."""
     backends: tuple[str, ...] = ("auto",)
     """Backends that each arm with experts is timed with."""
-    sequences: int = 32
-    """Sequences of an optimizer step."""
+    sequences: int | None = None
+    """Sequences of an optimizer step; 32 on a GPU and 8 on a CPU when not given."""
     batch_size: int | None = None
     """Sequences of a micro-batch; as many as the memory has room for when not given."""
     experts: int = 8
@@ -72,10 +73,10 @@ class StepBench:
     """As of `train`."""
     parts: bool = True
     """Also where a step's time goes, which takes a second compilation of each model."""
-    rounds: int = 5
-    """Rounds of each; the median is reported."""
-    steps: int = 10
-    """Optimizer steps of a round."""
+    rounds: int | None = None
+    """Rounds of each; the median is reported. 5 on a GPU and 3 on a CPU when not given."""
+    steps: int | None = None
+    """Optimizer steps of a round; 10 on a GPU and 2 on a CPU when not given."""
     device: str = "auto"
     """cuda, cuda:N or cpu."""
 
@@ -87,12 +88,26 @@ class StepBench:
         ):
             for name in names:
                 require(name in known, flag, name, f"give some of {', '.join(known)}")
-        for name in ("sequences", "rounds", "steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        for name in ("sequences", "batch_size", "rounds", "steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name.replace("_", "-"), value, "give 1 or more")
         require(bool(self.arms) and bool(self.backends), "arms, backends", "", "give one or more of each")
-        size = self.batch_size
-        divides = size is None or (size >= 1 and self.sequences % size == 0)
-        require(divides, "batch-size", size, f"give a number that divides the {self.sequences} sequences of a step")
+        size, sequences = self.batch_size, self.sequences
+        divides = size is None or sequences is None or sequences % size == 0
+        require(divides, "batch-size", size, f"give a number that divides the {sequences} sequences of a step")
+
+
+@dataclass(frozen=True)
+class FullStepBench(StepBench):
+    """With nothing left to the device; the defaults are a GPU's."""
+
+    sizes: tuple[str, ...] = ("5m", "40m", "124m", "350m")
+    sequences: int = 32
+    rounds: int = 5
+    steps: int = 10
+
+
+SMALL_STEPS = {"sizes": ("smoke",), "sequences": 8, "rounds": 3, "steps": 2}  # under a minute on two cores
 
 
 def bench_step(
@@ -108,9 +123,9 @@ def bench_step(
         keep: is called after each row with what there is by then, "stopped".
 
     Returns:
-        {"environment", "date", "settings", "peak_flops", "stopped" (by Ctrl-C), "rows": [{"size", "arm", "backend"
-        (None without experts), and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens" (of a
-        step), "parameters", "active_parameters", "flops_per_token", "ms" (the median of "rounds_ms"),
+        {"environment", "date", "settings" (in full), "peak_flops", "stopped" (by Ctrl-C), "rows": [{"size", "arm",
+        "backend" (None without experts), and "reason" (why there is no time) or: "batch_size", "accumulation", "tokens"
+        (of a step), "parameters", "active_parameters", "flops_per_token", "ms" (the median of "rounds_ms"),
         "tokens_per_second", "mfu", "peak_bytes" (None on a CPU), "first_seconds" (to compile and capture), "captured",
         "idle" (share of the time in which no kernel ran; None on a CPU), "parts" ({part: share of the time}; None where
         they were not asked for or could not be had), "twin" and "ratio" (tokens/s over those of the dense arm of the
@@ -124,8 +139,8 @@ def bench_step(
     dtype = compute_dtype(settings.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
-    check_capture(_training_asked("smoke", settings), device)
-    sizes = settings.sizes or (("5m", "40m", "124m", "350m") if device.type == "cuda" else ("smoke",))
+    check_capture(TrainingConfig(capture=settings.capture), device)
+    settings = filled(settings, FullStepBench, SMALL_STEPS, device, say)
     rows: list[dict[str, Any]] = []
     results = {
         "environment": environment(device, dtype),
@@ -136,7 +151,7 @@ def bench_step(
         "rows": rows,
     }
     try:
-        for size in sizes:
+        for size in settings.sizes:
             for row in _size(size, settings, device, dtype, rows, say):
                 if "ms" in row:
                     say(f"{_name(row)}: {row['tokens_per_second']:,.0f} tokens/s, {row['ms']:,.3g} ms")
@@ -162,7 +177,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _size(
-    size: str, settings: StepBench, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]],
+    size: str, settings: FullStepBench, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]],
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Adds the rows of one size, and gives each when it is whole."""
@@ -197,14 +212,14 @@ def _size(
             yield row
 
 
-def _run(size: str, arm: str, settings: StepBench) -> RunConfig:
+def _run(size: str, arm: str, settings: FullStepBench) -> RunConfig:
     chosen = PRESETS[size]
     model = replace(chosen.model, vocabulary=VOCABULARY)
     moe = replace(chosen.moe, experts=settings.experts, top_k=settings.top_k)
     return RunConfig(size, arm, arm_model(arm, model, moe), chosen.data, _training_asked(size, settings))
 
 
-def _training_asked(size: str, settings: StepBench) -> TrainingConfig:
+def _training_asked(size: str, settings: FullStepBench) -> TrainingConfig:
     batch_size = settings.batch_size or settings.sequences
     return replace(
         PRESETS[size].training,
@@ -219,7 +234,7 @@ def _training_asked(size: str, settings: StepBench) -> TrainingConfig:
 
 
 def _training(
-    runs: list[RunConfig], settings: StepBench, device: torch.device, dtype: torch.dtype
+    runs: list[RunConfig], settings: FullStepBench, device: torch.device, dtype: torch.dtype
 ) -> TrainingConfig | str:
     """How all arms of a size are trained, with one micro-batch; or why they cannot be."""
     steps = WARM_STEPS + settings.rounds * settings.steps + settings.steps + 1  # and those that are profiled
@@ -237,7 +252,7 @@ def _with_backend(model: ModelConfig, backend: str | None) -> ModelConfig:
 
 
 def _measured(
-    config: ModelConfig, training: TrainingConfig, settings: StepBench, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, training: TrainingConfig, settings: FullStepBench, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """A row's figures."""
     row: dict[str, Any] = {"batch_size": training.batch_size, "accumulation": training.accumulation}
@@ -273,7 +288,7 @@ def _measured(
 
 
 def _timed(
-    row: dict[str, Any], model: GPT, training: TrainingConfig, batches: Batches, settings: StepBench
+    row: dict[str, Any], model: GPT, training: TrainingConfig, batches: Batches, settings: FullStepBench
 ) -> tuple[list[float], float | None]:
     """Seconds of a step in each round, and milliseconds of one in which kernels ran; the rest goes to the row."""
     device = model.token_embedding.device
