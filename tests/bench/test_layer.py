@@ -237,6 +237,25 @@ def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.Captur
     assert "T = 40, E = 4, K = 2, F = 2·D" in out
 
 
+def shown(results: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands under a table, as one line."""
+    print_layer(results, Console(width=80))
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_caption_says_which_figures_are_medians_of_which_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench_layer(replace(SMALL, widths=(16,), backends=("reference",)))
+    assert "; medians of 2 rounds of 1 steps. busy:" in shown(results, capsys)
+    for row in results["rows"]:
+        row |= {"busy_ms": 1.0, "captured_ms": 1.0}
+    for rounds, profiled in ((7, 3), (2, 2)):
+        results["settings"]["rounds"] = rounds
+        assert (
+            f"; wall and graph: medians of {rounds} rounds of 1 steps; "
+            f"busy, fwd, bwd, ÷ twin and TFLOP/s: of the first {profiled}. busy:" in shown(results, capsys)
+        )
+
+
 def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "bench layer --widths 16 --tokens 20 --rounds 1 --steps 1 --device cpu --precision fp32".split()
     assert main([*words, "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.png")]) == 0

@@ -256,7 +256,10 @@ def test_the_tables_fit_a_terminal_and_say_what_was_timed(
     assert "1.23M" in out
     assert "350m moe triton: no time: not enough memory" in out
     assert "2 sequences a step, E = 8, K = 2" in out
-    assert "compiled each by itself" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "ms: the median of 2 rounds of 1 steps." in said
+    assert "idle: no kernel ran, in one round more." in said
+    assert "Shares: medians of 5 steps whose halves of the blocks are compiled each by itself." in said
 
 
 def test_the_picture_holds_all_that_is_written_in_it(

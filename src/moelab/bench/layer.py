@@ -67,7 +67,7 @@ class LayerBench:
     backends: tuple[str, ...] = ()
     """Backends to time, and of other packages scattermoe and sonicmoe; all that are usable here when none is named."""
     rounds: int | None = None
-    """Rounds of each; the median is reported. 7 on a GPU and 5 on a CPU when not given."""
+    """Rounds, 7 on a GPU and 5 on a CPU when not given; medians are of all, or of the first 3 for a GPU's busy time."""
     steps: int | None = None
     """Steps of a round; 8 on a GPU and 4 on a CPU when not given."""
     device: str = "auto"

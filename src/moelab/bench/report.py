@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from moelab.bench.layer import PROFILED
 from moelab.compare.picture import ARM_COLOURS, STYLE
 
 DASH = "–"
@@ -51,13 +52,15 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
         where = "" if len(widths) == every else f"D = {', '.join(map(str, widths))}, "
         console.print(f"{where}{', '.join(names)}: no time: {reason}", highlight=False, soft_wrap=True)
     settings, environment = results["settings"], results["environment"]
+    rounds, medians = settings["rounds"], f"medians of {settings['rounds']} rounds of {settings['steps']} steps"
+    if any(row.get("busy_ms") for row in results["rows"]):
+        medians = f"wall and graph: {medians}; busy, fwd, bwd, ÷ twin and TFLOP/s: of the first {min(PROFILED, rounds)}"
     console.print(
         f"T = {results['tokens']:,}, E = {settings['experts']}, K = {settings['top_k']}, "
         f"F = {settings['multiple']:g}·D, {settings['activation']}, {environment['precision']}, "
-        f"routing: {settings['routing']}. Router, forward and backward on {environment['device']}; medians of "
-        f"{settings['rounds']} rounds of {settings['steps']} steps. busy: the kernels' time; graph: a captured step; "
-        "fwd, bwd and ÷ twin are of busy time (of wall on a CPU). TFLOP/s on 12·T·K·D·F (18 for swiglu). kept: held "
-        "for the backward pass.",
+        f"routing: {settings['routing']}. Router, forward and backward on {environment['device']}; {medians}. "
+        "busy: the kernels' time; graph: a captured step; fwd, bwd and ÷ twin are of busy time (of wall on a CPU). "
+        "TFLOP/s on 12·T·K·D·F (18 for swiglu). kept: held for the backward pass.",
         style="dim", highlight=False,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from moelab.bench.parts import PARTS
+from moelab.bench.parts import PARTS, TIMES
 from moelab.bench.report import DASH
 from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE
 
@@ -49,12 +49,14 @@ def print_step(results: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{settings['sequences']} sequences a step, E = {settings['experts']}, K = {settings['top_k']}, "
-        f"{environment['precision']}, on {environment['device']}, {how}; medians of {settings['rounds']} rounds of "
-        f"{settings['steps']} steps. MFU: tokens/s · (6·P + 12·L·C·D), P active weights in products, over {stated}. "
+        f"{environment['precision']}, on {environment['device']}, {how}. "
+        f"ms: the median of {settings['rounds']} rounds of {settings['steps']} steps. "
+        f"MFU: tokens/s · (6·P + 12·L·C·D), P active weights in products, over {stated}. "
         "÷ twin: of moe, tokens/s over dense-wide's; of moe-matched, over dense's, which have the same active FLOPs. "
-        "batch: micro-batch × accumulation. 1st s: compiling and capturing. idle: no kernel ran."
+        "batch: micro-batch × accumulation. 1st s: compiling and capturing. idle: no kernel ran, in one round more."
         + (" experts: a dense model's feed-forward too; norms are with what they stand before. other: embedding, "
-           "clipping and the rest. Shares are those of a step whose halves of the blocks are compiled each by itself."
+           "clipping and the rest. "
+           f"Shares: medians of {TIMES} steps whose halves of the blocks are compiled each by itself."
            if asked else "")
         + (" * Rounds differ by more than a tenth: something else disturbed the device." if unsteady else ""),
         style="dim", highlight=False,
