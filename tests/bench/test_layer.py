@@ -17,7 +17,7 @@ from moelab.bench import LayerBench, bench_layer
 from moelab.bench.defaults import filled
 from moelab.bench.layer import SMALL_LAYERS, FullLayerBench, Layer, _laid_down
 from moelab.bench.peers import PEERS
-from moelab.bench.report import print_layer
+from moelab.bench.report import busier_than_their_step, print_layer
 from moelab.cli import main
 from moelab.config import ModelConfig, MoEConfig, UsageError
 from moelab.experts import mlp, reference
@@ -254,6 +254,37 @@ def test_the_caption_says_which_figures_are_medians_of_which_rounds(capsys: pyte
             f"; wall and graph: medians of {rounds} rounds of 1 steps; "
             f"busy, fwd, bwd, ÷ twin and TFLOP/s: of the first {profiled}. busy:" in shown(results, capsys)
         )
+
+
+def made_up(width: int, backend: str, wall: float, busy: float | None, captured: float | None) -> dict[str, Any]:
+    return {"width": width, "backend": backend, "wall_ms": wall, "busy_ms": busy, "captured_ms": captured}
+
+
+def test_rows_whose_kernels_ran_for_longer_than_their_step_took_are_found() -> None:
+    over = [
+        made_up(768, "dense twin", wall=3.27, busy=3.39, captured=3.22),
+        made_up(768, "hopper", wall=9.0, busy=1.04, captured=1.0),
+        made_up(768, "megablocks", wall=1.0, busy=1.04, captured=None),
+    ]
+    fair = [
+        made_up(512, "dense twin", wall=1.0, busy=1.03, captured=1.0),
+        made_up(512, "triton", wall=1.0, busy=1.5, captured=1.5),
+        made_up(512, "megablocks", wall=1.0, busy=1.02, captured=None),
+        made_up(512, "reference", wall=1.0, busy=None, captured=None),
+        {"width": 512, "backend": "cuda", "reason": "no GPU"},
+    ]
+    assert busier_than_their_step([*fair, *over]) == over
+
+
+def test_the_caption_names_the_rows_that_were_profiled_at_other_clocks(capsys: pytest.CaptureFixture[str]) -> None:
+    results = bench_layer(replace(SMALL, backends=("reference",)))
+    assert "clocks" not in shown(results, capsys)
+    for row, busy in zip(results["rows"], (1.0, 1.1, 1.1, 1.0), strict=True):
+        row |= {"busy_ms": busy, "captured_ms": 1.0}
+    assert shown(results, capsys).endswith(
+        "busy is above the captured (or wall) time of: reference at D = 16, dense twin at D = 24: "
+        "the GPU ran at other clocks; compare graph ms."
+    )
 
 
 def test_the_command_writes_its_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,14 +55,27 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
     rounds, medians = settings["rounds"], f"medians of {settings['rounds']} rounds of {settings['steps']} steps"
     if any(row.get("busy_ms") for row in results["rows"]):
         medians = f"wall and graph: {medians}; busy, fwd, bwd, ÷ twin and TFLOP/s: of the first {min(PROFILED, rounds)}"
+    over = ", ".join(f"{row['backend']} at D = {row['width']}" for row in busier_than_their_step(results["rows"]))
     console.print(
         f"T = {results['tokens']:,}, E = {settings['experts']}, K = {settings['top_k']}, "
         f"F = {settings['multiple']:g}·D, {settings['activation']}, {environment['precision']}, "
         f"routing: {settings['routing']}. Router, forward and backward on {environment['device']}; {medians}. "
         "busy: the kernels' time; graph: a captured step; fwd, bwd and ÷ twin are of busy time (of wall on a CPU). "
-        "TFLOP/s on 12·T·K·D·F (18 for swiglu). kept: held for the backward pass.",
+        "TFLOP/s on 12·T·K·D·F (18 for swiglu). kept: held for the backward pass."
+        + (f" busy is above the captured (or wall) time of: {over}: the GPU ran at other clocks; compare graph ms."
+           if over else ""),
         style="dim", highlight=False,
     )  # fmt: skip
+
+
+def busier_than_their_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows whose kernels ran for over 3 % longer than their step took, captured where it was.
+
+    In one stream that cannot be: the device throttled in the one measurement more than in the other.
+    """
+    return [
+        row for row in rows if row.get("busy_ms") and row["busy_ms"] > 1.03 * (row["captured_ms"] or row["wall_ms"])
+    ]
 
 
 def _number(value: float | None) -> str:
