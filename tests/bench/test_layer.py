@@ -224,6 +224,7 @@ def test_the_table_fits_a_terminal_and_says_what_was_timed(capsys: pytest.Captur
         "peak_mib": 12345.6,
         "kept_mib": 9999.0,
         "backend": max(mlp.BACKENDS, key=len),
+        "width": 1024,
     }
     results["rows"] += [
         {"width": width, "backend": name, "reason": "no GPU"} for width in (16, 24) for name in ("triton", "cuda")

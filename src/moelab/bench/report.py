@@ -19,7 +19,7 @@ DASH = "–"
 
 def print_layer(results: dict[str, Any], console: Console) -> None:
     """A row each width and backend; below, what could not be timed and why, and what the columns are."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("D", "backend"):
         table.add_column(heading, no_wrap=True)
     columns = {
@@ -38,7 +38,7 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
             *(_number(row[name]) for name in columns.values()),
         )  # fmt: skip
         shown = row["width"]
-    console.print(table)
+    console.print("", table, "", sep="\n")
     reasons: dict[tuple[str, str], tuple[int, ...]] = {}
     for row in results["rows"]:
         if "reason" in row:
