@@ -178,6 +178,16 @@ def test_the_committed_table_has_what_it_was_measured_on() -> None:
             assert all(time > 0 for time in ms.values())
 
 
+def test_no_row_of_the_committed_table_was_disturbed() -> None:
+    """A time grows with the tokens at most in proportion, by half again where caches are left."""
+    for entry in choice.table().values():
+        fewer: dict[tuple[Any, ...], tuple[int, dict[str, float]]] = {}
+        for precision, tokens, *sizes, ms in sorted(entry["rows"], key=lambda row: row[1]):
+            before, least = fewer.setdefault((precision, *sizes), (tokens, ms))
+            for name in ms.keys() & least:
+                assert ms[name] / least[name] <= 1.5 * tokens / before, (precision, tokens, sizes, name)
+
+
 def plain(refuse: str | None = None) -> ModuleType:
     made = ModuleType("plain")
     made.unusable = lambda device: None  # type: ignore[attr-defined]
