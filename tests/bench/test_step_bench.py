@@ -258,7 +258,7 @@ def test_the_tables_fit_a_terminal_and_say_what_was_timed(
     assert "2 sequences a step, E = 8, K = 2" in out
     said = " ".join(out.split())
     assert "ms: the median of 2 rounds of 1 steps." in said
-    assert "idle: no kernel ran, in one round more." in said
+    assert "idle: no kernel ran, by the profiler in one round more." in said
     assert "Shares: medians of 5 steps whose halves of the blocks are compiled each by itself." in said
 
 

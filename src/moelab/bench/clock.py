@@ -40,6 +40,34 @@ def busy_ms(step: Step, steps: int, device: torch.device) -> float | None:
     return microseconds / 1e3 / steps if microseconds else None
 
 
+def idle_share(step: Step, steps: int, device: torch.device) -> float | None:
+    """Share of `steps` back to back in which nothing ran on a GPU, from the first kernel to the end of the last.
+
+    Both times are the profiler's of the same steps: a GPU that throttles has other clocks in others. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize(device)
+    ran = [event.time_range for event in seen.events() or () if event.device_type.name == "CUDA"]
+    return uncovered([(each.start, each.end) for each in ran])
+
+
+def uncovered(intervals: list[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end that lies in no interval; None without any."""
+    if not intervals:
+        return None
+    begun = reached = min(start for start, _ in intervals)
+    idle = 0.0
+    for start, end in sorted(intervals):
+        idle += max(0.0, start - reached)
+        reached = max(reached, end)
+    return idle / (reached - begun) if reached > begun else None
+
+
 def captured(step: Step, device: torch.device) -> Step | None:
     """The step as a CUDA graph, to be replayed; None where it cannot be captured, as where it waits for the host."""
     if device.type != "cuda":

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from moelab.bench.clock import busy_ms
+from moelab.bench.clock import idle_share
 from moelab.bench.defaults import filled
 from moelab.bench.parts import TimedStep
 from moelab.config import ModelConfig, Precision, RunConfig, RunFailed, TrainingConfig, UsageError, require
@@ -128,8 +128,8 @@ def bench_step(
         (of a step), "parameters", "active_parameters", "flops_per_token", "ms" (the median of "rounds_ms"),
         "tokens_per_second", "mfu", "peak_bytes" (None on a CPU), "first_seconds" (to compile and capture), "captured",
         "idle" (share of the time in which no kernel ran; None on a CPU), "parts" ({part: share of the time}; None where
-        they were not asked for or could not be had), "twin" and "ratio" (tokens/s over those of the dense arm of the
-        same active FLOPs, where both were timed)}]}.
+        they were not asked for or, for the reason "no_parts", could not be had), "twin" and "ratio" (tokens/s over
+        those of the dense arm of the same active FLOPs, where both were timed)}]}.
 
     Raises:
         UsageError: a device, precision or capture that is not there.
@@ -261,18 +261,17 @@ def _measured(
     sequences = training.batch_size * training.accumulation
     tokens = np.random.default_rng(0).integers(0, 50_257, (training.steps + 1) * sequences * config.context + 1)
     batches = Batches(tokens.astype(np.uint16), config.context, training.batch_size, training.accumulation, 0)
-    seconds, busy = _timed(row, GPT(config, dtype).to(device), training, batches, settings)
+    seconds, idle = _timed(row, GPT(config, dtype).to(device), training, batches, settings)
     _forget(device)
     of_step = sequences * config.context
     counts, flops, ms = count_parameters(config), flops_per_token(config), statistics.median(seconds) * 1e3
-    idle = None if busy is None else max(0.0, 1 - busy / ms)
     shares = None
     if settings.parts:
         try:
             timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
             shares = timed.parts(batches.windows(0).to(device))
-        except (RuntimeError, RunFailed, UsageError):  # halves compiled apart take more memory, and are other programs
-            pass
+        except (RuntimeError, RunFailed, UsageError) as problem:  # halves compiled apart are other programs
+            row["no_parts"] = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return row | {
         "tokens": of_step,
         "parameters": counts.total,
@@ -290,7 +289,7 @@ def _measured(
 def _timed(
     row: dict[str, Any], model: GPT, training: TrainingConfig, batches: Batches, settings: FullStepBench
 ) -> tuple[list[float], float | None]:
-    """Seconds of a step in each round, and milliseconds of one in which kernels ran; the rest goes to the row."""
+    """Seconds of a step in each round, and the share of one in which no kernel ran; the rest goes to the row."""
     device = model.token_embedding.device
     reset_peak_memory(device)
     begun = time.perf_counter()
@@ -300,9 +299,9 @@ def _timed(
     row["captured"] = step.graph is not None
     with closing(prefetched(batches, range(training.steps), "", device)) as coming:
         seconds = [_seconds(step, coming, n, device) for n in (WARM_STEPS, *[settings.steps] * settings.rounds)]
-        busy = busy_ms(lambda: step(next(coming)[0]), settings.steps, device)
+        idle = idle_share(lambda: step(next(coming)[0]), settings.steps, device)
     row["peak_bytes"] = peak_memory(device) if device.type == "cuda" else None  # a CPU's is the whole process's
-    return seconds[1:], busy
+    return seconds[1:], idle
 
 
 def _seconds(step: Step, coming: Generator[tuple[torch.Tensor, str]], steps: int, device: torch.device) -> float:
