@@ -84,6 +84,21 @@ def test_times_that_came_out_unequal_are_said_to_be() -> None:
     assert ["came out as 20.0 s and 23.0 s" in headline(results(e))[0] for e in entries] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({}, None),
+        ({"commit": "cd"}, "The runs were not all made by one commit of moelab (see"),
+        ({"commit": None, "driver": "2"}, "The runs were not all made by one commit of moelab and driver (see"),
+    ],
+)
+def test_runs_of_different_code_are_said_to_be(other: dict[str, Any], said: str | None) -> None:
+    first = {"device": "a GPU", "commit": "ab", "driver": "1"}
+    made = [{"environment": environment, "runs": []} for environment in (first, first | other)]
+    told = [note for note in notes(results(difference(-0.1, None, 1)) | {"environments": made}) if "made by" in note]
+    assert [note.startswith(said or "") for note in told] == ([True] if said else [])
+
+
 def test_seeds_that_could_not_be_read_are_counted() -> None:
     (said,) = headline(results(difference(-0.1, None, 1, interpolated=True), seeds=3))
     assert "from one seed: no interval (read off)" in said

@@ -68,6 +68,16 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     if len({entry["environment"].get("device") for entry in results["environments"]}) > 1:
         found.append("The runs were made on different devices; their speeds and times are not of one machine.")
+    differing = [
+        words
+        for name, words in {"commit": "commit of moelab", "torch": "PyTorch", "driver": "driver"}.items()
+        if len({entry["environment"].get(name) for entry in results["environments"]}) > 1
+    ]
+    if differing:
+        found.append(
+            f"The runs were not all made by one {' and '.join(differing)} (see how to make it again); a difference in "
+            "time may be that of the code."
+        )
     return found + routing_notes(results) + _tuning_notes(results)
 
 
