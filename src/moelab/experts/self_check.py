@@ -80,13 +80,14 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     device.
 
     A backend with `identity` has kernels that wait for one another: it is tried in a process of its own first, where
-    one that waits for ever, or that takes the CUDA context with it, does no harm.
+    one that waits for ever, or that takes the CUDA context with it, does no harm. Of its trials the first is then
+    enough here.
     """
     elsewhere = _failure_in_a_process(backend, device) if hasattr(backend, "identity") else None
     if elsewhere is not None:
         return elsewhere
     try:
-        return apart(device, _wrong, backend, device)
+        return apart(device, _wrong, backend, device, 1 if hasattr(backend, "identity") else None)
     except TrialFailed as problem:
         return str(problem)
 
@@ -126,10 +127,10 @@ class TrialFailed(RuntimeError):
     """A trial has no result; its text is one line."""
 
 
-def _wrong(backend: ModuleType, device: torch.device) -> str | None:
-    """`failure` in this process. Raises `TrialFailed`."""
+def _wrong(backend: ModuleType, device: torch.device, trials: int | None = None) -> str | None:
+    """`failure` in this process, by the first so many trials or all. Raises `TrialFailed`."""
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    for trial in getattr(backend, "TRIALS", (SMALL,)):
+    for trial in getattr(backend, "TRIALS", (SMALL,))[:trials]:
         for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
             bias = refusal(backend, dtype, trial.activation, bias=True) is None
             if not bias and refusal(backend, dtype, trial.activation, bias=False) is not None:
