@@ -126,7 +126,10 @@ def test_operands_through_the_tensor_memory_accelerator_give_the_same(
         assert gradient.isnan().any((1, 2)).nonzero().flatten().tolist() == sorted(indices[7].tolist())
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (700, 3, 2), (5000, 64, 1), (3000, 8, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    [(1, 1, 1), (700, 3, 2), (5000, 64, 1), (3000, 8, 4), (2100, 2047, 2), (300, 8191, 1)],
+)
 def test_slots_are_sorted_by_expert_and_stay_in_order(tokens: int, experts: int, top_k: int) -> None:
     generator = torch.Generator().manual_seed(2)
     indices = torch.randint(-1, experts, (tokens, top_k), generator=generator)

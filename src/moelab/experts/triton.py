@@ -26,8 +26,8 @@ from moelab.experts.choice import Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECOMPUTES = True  # of the rows keeps z alone for the backward pass
-BLOCKS = 128  # programs of the sort, at most: each of them adds up the counts of all
-MOST_EXPERTS = 2**13 - 1  # and a bin of dropped slots, times BLOCKS: the numbers of Triton's largest tile
+BLOCKS, COUNTS = 128, 2**17  # programs of the sort, and counts in all of them, at most: a tile that compiles in seconds
+MOST_EXPERTS = 2**13 - 1  # and a bin of dropped slots
 MOST_SLOTS = 2**31 - 2**15  # places in the sort are int32, rounded up to whole steps of its programs
 
 
@@ -303,7 +303,8 @@ def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch
     if slots > MOST_SLOTS:
         raise UsageError(f"slots = {slots}: the backend triton takes {MOST_SLOTS}; give fewer tokens a step")
     step = max(16, min(256, 16384 // bins))
-    span = max(4, -(-slots // (step * BLOCKS))) * step
+    programs = min(BLOCKS, COUNTS // bins)  # each of them adds up the counts of all
+    span = max(4, -(-slots // (step * programs))) * step
     blocks = -(-slots // span)
     counts = torch.empty(blocks, bins, dtype=torch.int32, device=indices.device)
     slot_of_row = torch.empty(slots, dtype=torch.int32, device=indices.device)
