@@ -32,6 +32,11 @@ class UsageError(ValueError):
     """A setting that cannot work. Its text is one line for the user; commands exit with status 2."""
 
 
+def first_line(problem: BaseException) -> str:
+    """What an exception says, or is where it says nothing, for a message of one line."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 class RunFailed(RuntimeError):
     """A run that was set up rightly and failed. Its text is one line for the user; commands exit with status 1."""
 

@@ -24,7 +24,7 @@ from torch import nn
 from moelab.bench.clock import busy_ms, captured, peak_and_kept_mib, wall_ms
 from moelab.bench.defaults import filled
 from moelab.bench.peers import PEERS, peer_mlp
-from moelab.config import Activation, ModelConfig, MoEConfig, Precision, UsageError, require
+from moelab.config import Activation, ModelConfig, MoEConfig, Precision, UsageError, first_line, require
 from moelab.device import compute_dtype, environment, keep_freed_memory, resolve_device
 from moelab.experts.choice import device_class
 from moelab.experts.mlp import BACKENDS, availability, expert_mlp
@@ -236,7 +236,7 @@ def _width(
             row["reason"] = str(refused)
             continue
         except Exception as problem:  # of a kernel on a device that it does not know, or of another's package
-            row["reason"] = f"failed ({(str(problem).strip() or type(problem).__name__).splitlines()[0]})"
+            row["reason"] = f"failed ({first_line(problem)})"
             continue
         layer.indices_TK = indices
         right_rows = {n: expected[n] if order is None else expected[n][:, order] for n in GATED if n in expected}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moelab.config import Activation, UsageError
+from moelab.config import Activation, UsageError, first_line
 from moelab.experts.activation import activate
 
 
@@ -125,7 +125,7 @@ class Peer:
         try:
             importlib.import_module(self.module)
         except Exception as problem:  # whatever it wants that is not here
-            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            line = first_line(problem)
             return f"importing {self.module} failed ({line})"
         return None
 

@@ -21,7 +21,7 @@ import torch
 from moelab.bench.clock import idle_share
 from moelab.bench.defaults import filled
 from moelab.bench.parts import TimedStep
-from moelab.config import ModelConfig, Precision, RunConfig, RunFailed, TrainingConfig, UsageError, require
+from moelab.config import ModelConfig, Precision, RunConfig, RunFailed, TrainingConfig, UsageError, first_line, require
 from moelab.device import (
     compute_dtype,
     environment,
@@ -207,7 +207,7 @@ def _size(
             except torch.OutOfMemoryError as problem:
                 row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
             except Exception as problem:  # of a kernel or a compiler on a device that it does not know
-                row["reason"] = f"failed ({(str(problem).strip() or type(problem).__name__).splitlines()[0]})"
+                row["reason"] = f"failed ({first_line(problem)})"
             _forget(device)
             yield row
 
@@ -271,7 +271,7 @@ def _measured(
             timed = TimedStep(GPT(config, dtype).to(device), training, batches, captured=row["captured"])
             shares = timed.parts(batches.windows(0).to(device))
         except (RuntimeError, RunFailed, UsageError) as problem:  # halves compiled apart are other programs
-            row["no_parts"] = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            row["no_parts"] = first_line(problem)
     return row | {
         "tokens": of_step,
         "parameters": counts.total,

@@ -14,7 +14,7 @@ import importlib
 
 import torch
 
-from moelab.config import Activation
+from moelab.config import Activation, first_line
 from moelab.experts import requirements
 from moelab.experts.megablocks_standins import installed
 
@@ -40,7 +40,7 @@ def unusable(device: torch.device) -> str | None:
         try:
             importlib.import_module("moelab.experts.megablocks_layers")
         except Exception as problem:  # of another version, or of an extension built for another PyTorch
-            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            line = first_line(problem)
             names, commands = zip(*INSTALL.values(), strict=True)
             again = " && ".join((f"pip uninstall -y {' '.join(names)}", *commands))
             reasons.append(f"importing megablocks failed ({line}); {again}")

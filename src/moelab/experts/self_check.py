@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from moelab.config import Activation, moelab_home
+from moelab.config import Activation, first_line, moelab_home
 from moelab.experts import reference
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
@@ -140,7 +140,7 @@ def _wrong(backend: ModuleType, device: torch.device, trials: int | None = None)
             try:
                 found = _results(backend, trial, dtype, device, bias)
             except Exception as problem:  # whatever it is, it is the reason that the user is told
-                line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+                line = first_line(problem)
                 raise TrialFailed(f"a trial call in {name} failed ({line})") from problem
             for what, value in found.items():
                 error = ((value - expected[what]).norm() / expected[what].norm()).item()

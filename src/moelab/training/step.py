@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moelab.config import RunFailed, TrainingConfig, UsageError
+from moelab.config import RunFailed, TrainingConfig, UsageError, first_line
 from moelab.device import synchronize
 from moelab.experts import backend_of
 from moelab.model import GPT
@@ -170,7 +170,7 @@ class Step:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as problem:
-            line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            line = first_line(problem)
             raise RunFailed(f"capture = {self.config.capture}: failed ({line}); give --capture off") from problem
         if isinstance(self.optimizer, AdamW):
             self.optimizer.settle()
