@@ -263,9 +263,8 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     for one in stored:
         groups.setdefault(one.name.partition(RATE)[0], {})[one.results["training"]["learning_rate"]] = one
     rows, words = [], []
-    seeds: dict[str, set[int]] = {}
     for name, by_rate in groups.items():
-        best = {}
+        best, seeds = {}, set()
         for arm in dict.fromkeys(arm for one in by_rate.values() for arm in one.arms):
             having = {rate: one.arms[arm] for rate, one in by_rate.items() if arm in one.arms}
             by_seed = {rate: measured_by_seed(facts, "val_loss") for rate, facts in having.items()}
@@ -280,12 +279,12 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
             rows.append(
                 [name, arm, str(len(common)), ", ".join(told), f"{best[arm][0]:g}{edge}", f"{best[arm][1]:.4f}"]
             )
-            seeds.setdefault(name, set()).update(common)
+            seeds |= common
         for arm, against in PAIRS:
             if arm in best and against in best:
                 difference = best[arm][1] - best[against][1]
                 verdict = "below" if difference < 0 else "above"
-                of = "one seed" if len(seeds[name]) == 1 else f"{len(seeds[name])} seeds, without an interval"
+                of = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds, without an interval"
                 words.append(f"At {name}, each at its best, {arm} is {abs(difference):.3f} {verdict} {against} ({of}).")
     if not rows:
         return []

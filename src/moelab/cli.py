@@ -38,6 +38,7 @@ from moelab.config import (
     require,
 )
 from moelab.presets import ARMS, PRESETS, arm_model, preset, solve_match
+from moelab.training.checkpoint import writing
 
 Parsed = TypeVar("Parsed")
 
@@ -620,12 +621,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         print(f"moelab: {str(stop) or 'stopped'}", file=sys.stderr)
-        if "torch" in sys.modules:
-            from moelab.training.checkpoint import writing
-
-            if writing():  # the interpreter would end under its threads, and abort
-                sys.stderr.flush()
-                os._exit(130)
+        if writing():  # the interpreter would end under its threads, and abort
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:
         return 1

@@ -31,12 +31,7 @@ def busy_ms(step: Step, steps: int, device: torch.device) -> float | None:
     """Milliseconds of a step in which a kernel ran, by the profiler; None where it sees none."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize(device)
-    microseconds: float = sum(event.self_device_time_total for event in seen.key_averages())
+    microseconds: float = sum(event.self_device_time_total for event in _seen(step, steps, device).key_averages())
     return microseconds / 1e3 / steps if microseconds else None
 
 
@@ -47,13 +42,20 @@ def idle_share(step: Step, steps: int, device: torch.device) -> float | None:
     """
     if device.type != "cuda":
         return None
+    events = _seen(step, steps, device).events() or ()
+    ran = [event.time_range for event in events if event.device_type.name == "CUDA"]
+    return uncovered([(each.start, each.end) for each in ran])
+
+
+def _seen(step: Step, steps: int, device: torch.device) -> profile:
+    """What a GPU ran in `steps` back to back."""
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    seen = profile(activities=[ProfilerActivity.CUDA])
+    with seen:
         for _ in range(steps):
             step()
         torch.cuda.synchronize(device)
-    ran = [event.time_range for event in seen.events() or () if event.device_type.name == "CUDA"]
-    return uncovered([(each.start, each.end) for each in ran])
+    return seen
 
 
 def uncovered(intervals: list[tuple[float, float]]) -> float | None:

@@ -135,7 +135,7 @@ def fused_experts_backward(
     kernels.slot_gradient[(-(-slots // 64),)](
         partial, dy, b_out if b_out is not None else dy, row_of_slot, indices, offsets, d_weights, slots,
         partial.shape[1], width, TOP_K=top_k, EXPERTS=experts, HAS_BIAS=b_out is not None, SLOTS=64,
-        BLOCKS=_power_of_2(partial.shape[1]), COLUMNS=64,
+        BLOCKS=power_of_2(partial.shape[1]), COLUMNS=64,
     )  # fmt: skip
     d_w_out = _weight_gradient("out", dy, h, offsets, slot_of_row, top_k, w_out)
     del h
@@ -145,7 +145,7 @@ def fused_experts_backward(
         parts = torch.empty(chunks, width, dtype=torch.float32, device=x.device)
         kernels.bias_parts[(-(-width // 64), chunks)](
             dy, slot_of_row, weights, offsets, parts, width, TOP_K=top_k, EXPERTS=experts,
-            EXPERTS_2=_power_of_2(experts), LONGEST=BIAS_CHUNK, STEP=64, COLUMNS=64,
+            EXPERTS_2=power_of_2(experts), LONGEST=BIAS_CHUNK, STEP=64, COLUMNS=64,
         )  # fmt: skip
         d_b_out = _sum_bias_parts(parts, offsets, BIAS_CHUNK, b_out)
     d_b_in = _sum_bias_parts(bias_parts, offsets, tile.rows, b_in) if b_in is not None else x.new_empty(0)
@@ -245,7 +245,7 @@ def tile_of(product: str, dtype: torch.dtype, width: int, hidden: int, activatio
 
 
 def _side(size: int) -> int:
-    return max(16, _power_of_2(size))
+    return max(16, power_of_2(size))
 
 
 def _tiles(slots: int, experts: int, rows: int) -> int:
@@ -299,7 +299,7 @@ def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch
     """
     from moelab.experts import triton_kernels as kernels
 
-    slots, bins = indices.numel(), _power_of_2(experts + 1)
+    slots, bins = indices.numel(), power_of_2(experts + 1)
     if slots > MOST_SLOTS:
         raise UsageError(f"slots = {slots}: the backend triton takes {MOST_SLOTS}; give fewer tokens a step")
     step = max(16, min(256, 16384 // bins))
@@ -312,7 +312,7 @@ def sort_slots(indices: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch
     shape = {"EXPERTS": experts, "EXPERTS_2": bins, "STEP": step}
     kernels.count[(blocks,)](indices, counts, slots, span, **shape)
     kernels.place[(blocks,)](
-        indices, counts, slot_of_row, row_of_slot, offsets, slots, span, blocks, BLOCKS=_power_of_2(blocks), **shape
+        indices, counts, slot_of_row, row_of_slot, offsets, slots, span, blocks, BLOCKS=power_of_2(blocks), **shape
     )
     return slot_of_row, row_of_slot, offsets
 
@@ -351,7 +351,7 @@ def _product(
         a, slot_of_row, w, bias if bias is not None else some, out, offsets, z, h, weights, partial, bias_parts,
         inside, outside, tiles, a_map, w_map,
         GATHER=gather, ACROSS=across, TOP_K=top_k, EPILOGUE=epilogue, ACTIVATION=activation,
-        EXPERTS=experts, EXPERTS_2=_power_of_2(experts), HAS_BIAS=bias is not None, **_arithmetic(a.dtype),
+        EXPERTS=experts, EXPERTS_2=power_of_2(experts), HAS_BIAS=bias is not None, **_arithmetic(a.dtype),
         EXACT=a.dtype == torch.float32, EVEN=even, WHOLE=whole,
         DIRECT=whole and a.element_size() == 2 and _pairs(a.device), ROWS=tile.rows, COLUMNS=tile.columns,
         DEPTH=tile.depth, GROUP=tile.group, HALVES=tile.halves and epilogue == "slope",
@@ -373,7 +373,7 @@ def _weight_gradient(
     chunks = _tiles(slots, experts, tile.chunk)
     several = 0 if slots <= tile.chunk else min(chunks, 2 * slots // tile.chunk)
     parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
-    shared = {"EXPERTS": experts, "EXPERTS_2": _power_of_2(experts)}
+    shared = {"EXPERTS": experts, "EXPERTS_2": power_of_2(experts)}
     whole = outside % tile.rows == 0 and inside % tile.columns == 0
     dy_map = x_map = None
     if tile.maps and whole and _has_maps(w.device):
@@ -400,7 +400,7 @@ def _sum_bias_parts(parts: torch.Tensor, offsets: torch.Tensor, chunk: int, bias
     experts, width = bias.shape
     db = torch.empty_like(bias)
     kernels.sum_bias_parts[(-(-width // 64), experts)](
-        parts, offsets, db, width, EXPERTS=experts, EXPERTS_2=_power_of_2(experts), LONGEST=chunk, STEP=64, COLUMNS=64
+        parts, offsets, db, width, EXPERTS=experts, EXPERTS_2=power_of_2(experts), LONGEST=chunk, STEP=64, COLUMNS=64
     )
     return db
 
@@ -413,7 +413,7 @@ def _combine(
 
     (tokens, top_k), width = indices.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    columns = min(256, _power_of_2(width))
+    columns = min(256, power_of_2(width))
     kernels.combine[(-(-tokens // 16), -(-width // columns))](
         rows, row_of_slot, weights if weights is not None else rows, offsets, out, tokens, width,
         TOP_K=top_k, EXPERTS=len(offsets), WEIGHTED=weights is not None, TOKENS=16, COLUMNS=columns,
@@ -426,6 +426,6 @@ def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @functools.cache
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The least power of 2 that is not less."""
     return 1 << max(0, n - 1).bit_length()

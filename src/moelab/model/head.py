@@ -150,19 +150,15 @@ def softmax_kernel(logits: torch.Tensor, targets: torch.Tensor, warps: int = 32,
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     each = 16 // logits.itemsize
-    warps = min(warps, _power_of_2(-(-vocabulary // (32 * each))))
+    warps = min(warps, triton_backend.power_of_2(-(-vocabulary // (32 * each))))
     lanes = 32 * warps
     rest = vocabulary % (lanes * each)
     kernels.loss_and_gradient[(tokens,)](
         logits, targets, losses, V=vocabulary, LANES=lanes, EACH=each,
-        REST=_power_of_2(-(-rest // lanes)) if rest else 0,
+        REST=triton_backend.power_of_2(-(-rest // lanes)) if rest else 0,
         num_warps=warps, maxnreg=min(255, 65_536 // (lanes * programs)),
     )  # fmt: skip
     return losses
-
-
-def _power_of_2(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()
 
 
 def _add_product(dw: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, first: bool) -> None:

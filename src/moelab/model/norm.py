@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moelab.config import ModelConfig
+from moelab.experts.triton import power_of_2
 from moelab.model.linear import Tensors, own_backward
 
 EPSILON = 1e-5  # GPT-2's
@@ -84,7 +85,7 @@ def _tall(tokens: int) -> int:
 
 def _tile(width: int) -> tuple[int, int, int]:
     """Of that program: rows at once, columns, warps."""
-    columns = 1 << (width - 1).bit_length()
+    columns = power_of_2(width)
     return min(SHORT, max(1, WARP // columns)), columns, max(1, columns // WARP)
 
 
