@@ -2,10 +2,9 @@
 
     python benchmarks/cold_start.py --preset 124m --arms dense,moe
 
-Three ways to compile are compared, each in processes of its own with a cache of its own: the whole model, which is what
-training does; each block by itself, which the compiler does once for all blocks that are alike, and the loss; and the
-whole model in which the block is marked as a region to be compiled once (`torch.compiler.nested_compile_region`).
-Seconds are counted from the start of the process. Preparing the text is not in them.
+Two ways to compile are compared, each in processes of its own with a cache of its own: part by part, which is what
+training does (`GPT.compiled`), and the whole model. Seconds are counted from the start of the process, and told by what
+takes them; preparing the text is not in them.
 """
 
 from __future__ import annotations
@@ -34,12 +33,14 @@ from moelab.device import (  # noqa: E402
     resolve_device,
     synchronize,
 )
-from moelab.model import GPT, gpt  # noqa: E402
+from moelab.experts import backend_of  # noqa: E402
+from moelab.model import GPT  # noqa: E402
 from moelab.presets import arm_model, preset  # noqa: E402
 from moelab.training.batches import Batches  # noqa: E402
 from moelab.training.step import Step  # noqa: E402
 
-WAYS = ("whole", "blocks", "region")
+WAYS = ("parts", "whole")
+PHASES = ("imports", "backend", "model", "prepare")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Benchmark:
     arms: str = "dense,moe"
     """Arms, separated by commas."""
     ways: str = ",".join(WAYS)
-    """Ways to compile, separated by commas: whole, blocks, region."""
+    """Ways to compile, separated by commas: parts, whole."""
     batch_size: int | None = None
     """Sequences of one micro-batch; the preset's when not given."""
     accumulation: int | None = None
@@ -70,17 +71,24 @@ def main() -> None:
     device = resolve_device(settings.device)
     for fact, value in environment(device, compute_dtype("auto", device)).items():
         print(f"{fact.replace('_', ' '):<20}{value}")
-    print(f"{settings.preset:<18}{'way':<10}{'cold':>9}{'warm':>9}{'compile':>9}{'warm':>9}{'ms a step':>12}{'GiB':>8}")
+    print(
+        f"{settings.preset:<18}{'way':<8}{'start':<6}{'s':>7}",
+        *(f"{phase:>9}" for phase in PHASES),
+        "  ms a step     GiB",
+    )
     for arm in settings.arms.split(","):
         for way in settings.ways.split(","):
             with tempfile.TemporaryDirectory() as home:
-                cold, warm = (measured(replace(settings, arms=arm, ways=way), home) for _ in range(2))
-            memory = f"{warm['memory'] / 2**30:8.2f}" if warm["memory"] else ""
-            print(
-                f"{arm:<18}{way:<10}{cold['first']:8.1f}s{warm['first']:8.1f}s{cold['prepare']:8.1f}s"
-                f"{warm['prepare']:8.1f}s{1e3 * warm['step']:12.2f}{memory}",
-                flush=True,
-            )
+                for start in ("cold", "warm"):
+                    found = measured(replace(settings, arms=arm, ways=way), home)
+                    phases = (f"{found[phase]:9.1f}" for phase in PHASES)
+                    memory = f"{found['memory'] / 2**30:8.2f}" if found["memory"] else ""
+                    print(
+                        f"{arm:<18}{way:<8}{start:<6}{found['first']:7.1f}",
+                        *phases,
+                        f"{1e3 * found['step']:11.2f}{memory}",
+                        flush=True,
+                    )
 
 
 def measured(settings: Benchmark, home: str) -> dict[str, float]:
@@ -100,27 +108,28 @@ def measured(settings: Benchmark, home: str) -> dict[str, float]:
 
 
 def first_steps(settings: Benchmark) -> dict[str, float | None]:
-    """Seconds until the first step was done, of making it ready, and of a later step; bytes of memory at the peak."""
+    """Seconds until the first step, of what came before it, and of a later step; bytes of memory at the peak."""
+    moments = [BEGUN, time.time()]
     keep_compiled_code()
     chosen, device = preset(settings.preset), resolve_device(settings.device)
+    dtype = compute_dtype("auto", device)
+    config = arm_model(settings.arms, chosen.model, chosen.moe)
+    if config.moe is not None:
+        backend_of(config, device, dtype)
+    moments.append(time.time())
     given = {name: getattr(settings, name) for name in ("batch_size", "accumulation") if getattr(settings, name)}
-    whole = settings.ways != "blocks"
     capture = "on" if device.type == "cuda" else "off"
-    training = replace(chosen.training, compile="on" if whole else "off", capture=capture, **given)
-    model = GPT(arm_model(settings.arms, chosen.model, chosen.moe), compute_dtype("auto", device)).to(device)
-    if settings.ways == "blocks":
-        for block in model.blocks:
-            block.compile()
-        gpt.next_token_loss = torch.compile(gpt.next_token_loss)  # type: ignore[attr-defined]
-    elif settings.ways == "region":
-        gpt.Block.forward = torch.compiler.nested_compile_region(gpt.Block.forward)  # type: ignore[method-assign]
+    training = replace(chosen.training, compile="on", capture=capture, **given)
     vocabulary, context = chosen.model.vocabulary, chosen.model.context
     tokens = np.random.default_rng(0).integers(0, vocabulary - 64, 2_000_000, np.uint16)
+    model = GPT(config, dtype).to(device)
     step = Step(model, training, Batches(tokens, context, training.batch_size, training.accumulation, seed=0))
+    if settings.ways == "whole":
+        step.forward = torch.compile(model)
     windows = step.batches.windows(0).to(device)
-    begun = time.time()
+    moments.append(time.time())
     step.prepare(windows)
-    prepared = time.time() - begun
+    moments.append(time.time())
     step(windows)
     synchronize(device)
     first = time.time() - BEGUN
@@ -129,7 +138,8 @@ def first_steps(settings: Benchmark) -> dict[str, float | None]:
         step(windows)
     synchronize(device)
     each = (time.perf_counter() - begun) / settings.steps
-    return {"first": first, "prepare": prepared, "step": each, "memory": peak_memory(device)}
+    spent = {phase: end - begin for phase, begin, end in zip(PHASES, moments[:-1], moments[1:], strict=True)}
+    return {"first": first, "step": each, "memory": peak_memory(device), **spent}
 
 
 if __name__ == "__main__":

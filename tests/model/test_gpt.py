@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import replace
@@ -218,3 +219,36 @@ def test_the_model_traces_into_one_graph_at_any_length() -> None:
     for length in (19, 12):  # the second length is traced as a symbol
         ids, targets = tokens()[:, :length].contiguous(), tokens()[:, 1 : length + 1].contiguous()
         assert traced(ids, targets).loss.item() == pytest.approx(model(ids, targets).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "graphs"),
+    [
+        (SMALL, 3),  # the embedding, a block, the head with the loss
+        (MODERN, 3),
+        (arm_model("moe", SMALL, MOE), 3),
+        (arm_model("moe", SMALL, replace(MOE, capacity_factor=1.0)), 3),
+        (arm_model("moe", SMALL, replace(MOE, moe_layers="every 2nd")), 4),
+    ],
+    ids=["dense", "modern", "moe", "capacity", "every other"],
+)
+@pytest.mark.parametrize("recomputing", [False, True], ids=["kept", "recomputed"])
+def test_compiled_blocks_that_are_alike_are_one_graph(
+    config: ModelConfig, graphs: int, recomputing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    model = GPT(config, torch.float64, checkpoint_activations=recomputing)
+    randomize(model)
+    ids, targets = tokens()[:, :-1], tokens()[:, 1:]
+    found = []
+    for forward in (model, model.compiled()):
+        out = forward(ids, targets)
+        loss = out.loss + out.balance_loss + out.z_loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((out.loss, out.balance_loss, out.z_loss, out.expert_counts, out.dropped, gradients))
+    torch.testing.assert_close(found[1], found[0])
+    assert counters["stats"]["unique_graphs"] == graphs

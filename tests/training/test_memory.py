@@ -119,14 +119,14 @@ def test_recomputed_blocks_keep_their_inputs(monkeypatch: pytest.MonkeyPatch) ->
     assert more.activations - less.activations == pytest.approx(kept, rel=0.04)
 
 
-def test_a_compiled_step_of_several_micro_batches_takes_two_sets_of_gradients() -> None:
-    """PyTorch adds a compiled backward pass's gradients to those before them when it has ended."""
-    run = run_of("350m", "moe")
-    for times, compiled, expected in ((1, "auto", 0), (32, "auto", 1), (32, "off", 0)):
+def test_a_compiled_step_of_several_micro_batches_has_the_gradients_of_a_block_twice() -> None:
+    """PyTorch adds those of a compiled block to those before them when its backward pass has ended."""
+    run, of_block = run_of("350m", "moe"), 4 * (4 * 1024**2 + 8 * 2 * 4 * 1024**2)
+    model = replace(run.model, vocabulary=64)  # a small head
+    for times, compiled, expected in ((1, "auto", 0), (32, "auto", of_block), (32, "off", 0)):
         training = replace(run.training, compile=compiled)  # type: ignore[arg-type]
-        found = estimate_of(run.model, training, CUDA, torch.bfloat16, 1, times)
-        assert found.second_gradients == expected * found.gradients
-        assert found.total >= found.state + found.gradients * (1 + expected)
+        plain = estimate_of(model, replace(training, compile="off"), CUDA, torch.bfloat16, 8, times)
+        assert estimate_of(model, training, CUDA, torch.bfloat16, 8, times).moment == plain.moment + expected
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
@@ -190,7 +190,7 @@ def test_350m_moe_starts_on_80_gb_and_stops_on_24_with_what_fits() -> None:
     assert "\n" not in said
     assert said.startswith("memory = 23.3 GiB free on cuda: 350m moe needs ")
     assert "weights and AdamW state 19.7 GiB, with gradients 26.3 GiB" in said
-    assert "what fits: --checkpoint-activations --optimizer-state 8bit --compile off, or " in said
+    assert "what fits: --checkpoint-activations --optimizer-state 8bit, or " in said
     assert "--arm moe-matched" in said
     assert "the preset 124m" in said
 
@@ -205,7 +205,7 @@ def test_a_run_that_goes_on_is_refused_with_what_it_may_change(free: float) -> N
     assert ("--out" in flags) == (free < 31)
 
 
-@pytest.mark.parametrize("free", [8, 11, 15, 23.3, 31, 37])
+@pytest.mark.parametrize("free", [8, 11, 15, 23.3, 31, 35])
 def test_every_option_that_a_refusal_names_can_be_typed_and_fits(free: float) -> None:
     run, available = run_of("350m", "moe"), int(free * GIB)
     with pytest.raises(UsageError) as refused:
@@ -294,7 +294,7 @@ def test_a_cut_is_said_in_words(cut: tuple[int, int], said: str) -> None:
 
 
 def test_bytes_are_said_as_gibibytes() -> None:
-    assert gib(Memory(GIB, GIB // 2, 0, 0, 0, 0, 0).total) == "1.5 GiB"
+    assert gib(Memory(GIB, GIB // 2, 0, 0, 0, 0).total) == "1.5 GiB"
 
 
 def test_the_page_on_memory_shows_what_is_chosen() -> None:

@@ -2,7 +2,7 @@
 
 The halves of the blocks and the loss are compiled each by itself, and a clock stands between them, in the forward pass
 and, by hooks on their outputs, in the backward pass. On a GPU the clock is a CUDA event, which a captured step has as a
-node of its own: what the host does has no part in it. What is fused across the halves' bounds in a step that is
+node of its own: what the host does has no part in it. What is fused across the halves' bounds in a block that is
 compiled whole is not fused here, so these are shares, not times.
 """
 

@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from moelab.model.linear import linear
 from moelab.model.moe import Experts, MoE
 from moelab.model.norm import Norm
 from moelab.model.recomputation import recomputed
-from moelab.model.router import Routed, Router
+from moelab.model.router import Routed, Router, Tally
 
 STANDARD_DEVIATION = 0.02  # GPT-2's
 
@@ -65,8 +67,15 @@ class Block(nn.Module):
             MoE(config, config.moe) if is_moe and config.moe is not None else FeedForward(config)
         )
 
-    def forward(self, x: torch.Tensor, first: int, cache: KVCache | None) -> tuple[torch.Tensor, Routed | None]:
-        return self.feed(self.attend(x, first, cache))
+    def forward(
+        self, x: torch.Tensor, first: int, cache: KVCache | None, keep_routing: bool = False
+    ) -> tuple[torch.Tensor, Routed | Tally | None]:
+        """(B, C, D) → (B, C, D), and of an MoE's router what it decided, or just what training needs of it.
+
+        The latter, since a block that is compiled by itself makes gradients for all that it hands out.
+        """
+        x, routed = self.feed(self.attend(x, first, cache))
+        return x, routed if routed is None or keep_routing else routed.tally()
 
     def attend(self, x: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
         """The first half."""
@@ -81,6 +90,15 @@ class Block(nn.Module):
         if isinstance(self.feed_forward, MoE):
             y, routed = y
         return x + y, routed
+
+
+class Parts(NamedTuple):
+    """The functions that a forward pass of `GPT` consists of, each of the module that comes first."""
+
+    embed: Callable[..., torch.Tensor]
+    block: Callable[..., tuple[torch.Tensor, Routed | Tally | None]]
+    recomputed: Callable[..., tuple[torch.Tensor, Tally | None]]
+    output: Callable[..., Output]
 
 
 class GPT(nn.Module):
@@ -163,6 +181,39 @@ class GPT(nn.Module):
         """An empty cache for `batch` texts."""
         return KVCache(self.config, batch, self.dtype, self.token_embedding.device)
 
+    def embed(self, ids: torch.Tensor, first: int) -> torch.Tensor:
+        """(B, C) ids, the first of each row at position `first` → (B, C, D) in the compute dtype."""
+        x = F.embedding(ids, self.token_embedding)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding[first : first + ids.shape[1]]
+        return x.to(self.dtype)
+
+    def output(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor | None,
+        reduction: Literal["mean", "none"],
+        decided: Sequence[Routed | Tally],
+        keep_routing: bool = False,
+    ) -> Output:
+        """What a forward pass gives, of the last block's (B, C, D) x and what the routers decided."""
+        logits = loss = None
+        if targets is not None:
+            loss = self.loss(x, targets, reduction)
+        elif not keep_routing:
+            logits = linear(self.final_norm(x), self.head_weight, None)
+        none = torch.zeros((), device=x.device)
+        dropped = [each.dropped for each in decided if each.dropped is not None]
+        return Output(
+            logits=logits,
+            loss=loss,
+            balance_loss=sum((each.balance_loss for each in decided), none),
+            z_loss=sum((each.z_loss for each in decided), none),
+            expert_counts=torch.stack([each.counts for each in decided]) if decided else None,
+            dropped=torch.stack(dropped) if dropped else None,
+            routed=[each for each in decided if isinstance(each, Routed)],
+        )
+
     def forward(
         self,
         ids: torch.Tensor,
@@ -171,6 +222,7 @@ class GPT(nn.Module):
         reduction: Literal["mean", "none"] = "mean",
         cache: KVCache | None = None,
         keep_routing: bool = False,
+        parts: Parts | None = None,
     ) -> Output:
         """Logits of the next tokens, or, with targets, their loss.
 
@@ -182,39 +234,39 @@ class GPT(nn.Module):
             cache: of the tokens before `ids`; it is extended.
             keep_routing: return the routers' decisions, which are (T, E) tensors of every MoE layer; without targets,
                 instead of the logits.
+            parts: what the pass consists of; the functions of this file when not given.
 
         Raises:
             ValueError: more tokens than the context.
         """
         first = cache.length if cache is not None else 0
-        length = ids.shape[1]
-        if first + length > self.config.context:
-            raise ValueError(f"{first + length} tokens: the context is {self.config.context}")
-        x = F.embedding(ids, self.token_embedding)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding[first : first + length]
-        x = x.to(self.dtype)
-        routed: list[Routed] = []
+        if first + ids.shape[1] > self.config.context:
+            raise ValueError(f"{first + ids.shape[1]} tokens: the context is {self.config.context}")
+        parts = parts or PLAIN
+        x = parts.embed(self, ids, first)
+        decided: list[Routed | Tally] = []
         recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
-            x, decided = recomputed(block, x) if recompute else block(x, first, cache)
-            if decided is not None:
-                routed.append(decided)
+            x, one = parts.recomputed(block, x) if recompute else parts.block(block, x, first, cache, keep_routing)
+            if one is not None:
+                decided.append(one)
         if cache is not None:
-            cache.length += length
-        logits = loss = None
-        if targets is not None:
-            loss = self.loss(x, targets, reduction)
-        elif not keep_routing:
-            logits = linear(self.final_norm(x), self.head_weight, None)
-        none = torch.zeros((), device=ids.device)
-        drops = self.config.moe is not None and self.config.moe.capacity_factor is not None
-        return Output(
-            logits=logits,
-            loss=loss,
-            balance_loss=sum((r.balance_loss for r in routed), none),
-            z_loss=sum((r.z_loss for r in routed), none),
-            expert_counts=torch.stack([r.counts for r in routed]) if routed else None,
-            dropped=torch.stack([(r.indices < 0).float().mean() for r in routed]) if drops and routed else None,
-            routed=routed if keep_routing else [],
-        )
+            cache.length += ids.shape[1]
+        return parts.output(self, x, targets, reduction, decided, keep_routing)
+
+    def compiled(self) -> Callable[..., Output]:
+        """This model as a function, compiled part by part: blocks that are alike are compiled once.
+
+        A whole GPT is compiled as many times as long as it has layers, and is hardly faster: what is not fused is the
+        addition at a block's end with the norm of the next.
+        """
+        compiled: list[Any] = [torch.compile(part) for part in PLAIN]
+        return functools.partial(self, parts=Parts(*compiled))
+
+
+def _block(block: Block, *given: Any) -> tuple[torch.Tensor, Routed | Tally | None]:
+    found: tuple[torch.Tensor, Routed | Tally | None] = block(*given)
+    return found
+
+
+PLAIN = Parts(GPT.embed, _block, recomputed, GPT.output)

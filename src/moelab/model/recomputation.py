@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moelab.model.router import Routed
+from moelab.model.router import Tally
 
 DECISIONS = (torch.ops.moelab.route.default, torch.ops.aten.argmax.default, torch.ops.aten.sort.stable)
 
 
-def recomputed(block: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Routed | None]:
+def recomputed(block: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, Tally | None]:
     """`block(x, 0, None)`, of which (B, C, D) x and the decisions are all that is kept for the backward pass.
 
     A block must not change between its forward and its backward pass: what follows from a micro-batch, such as the
@@ -26,11 +26,11 @@ def recomputed(block: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, R
     """
 
     def tensors(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y, routed = block(x, 0, None)
-        return (y,) if routed is None else (y, *routed)
+        y, tally = block(x, 0, None)
+        return (y, *(t for t in tally or () if t is not None))
 
-    y, *decided = checkpoint(tensors, x, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_decisions)
-    return y, Routed(*decided) if decided else None
+    y, *tally = checkpoint(tensors, x, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_decisions)
+    return y, Tally(*tally) if tally else None
 
 
 def _keeping_decisions() -> Any:

@@ -37,6 +37,25 @@ class Routed(NamedTuple):
     """(T, E) fp32."""
     shares: torch.Tensor
     """(T, E) fp32, scores divided by their sum over all experts."""
+    dropped: torch.Tensor | None
+    """() fp32, share of the slots that were dropped; None where there is no capacity."""
+
+    def tally(self) -> Tally:
+        """What of it training needs."""
+        return Tally(self.balance_loss, self.z_loss, self.counts, self.dropped)
+
+
+class Tally(NamedTuple):
+    """`Routed` without what is there for each token."""
+
+    balance_loss: torch.Tensor
+    """() fp32, without its coefficient."""
+    z_loss: torch.Tensor
+    """() fp32, without its coefficient."""
+    counts: torch.Tensor
+    """(E,) int64, slots routed to each expert by this rank, dropped ones included."""
+    dropped: torch.Tensor | None = None
+    """() fp32, share of the slots that were dropped; None where there is no capacity."""
 
 
 class Router(nn.Module):
@@ -74,11 +93,15 @@ class Router(nn.Module):
                 balance = balance_loss(expert_load(over_ranks(counts_E)).to(wide), p_TE)
             case "step":
                 balance = balance_loss(expert_load(self.seen + over_ranks(counts_E)).to(wide), p_TE)
-        if config.capacity_factor is not None and (self.training or config.drop_in_evaluation):
-            capacity = expert_capacity(indices_TK.numel(), config.experts, config.capacity_factor)
-            kept = within_capacity(indices_TK, weights_TK.detach(), config.experts, capacity, config.drop)
-            indices_TK = torch.where(kept, indices_TK, -1)
-        return Routed(x_TD, weights_TK, indices_TK, balance, z_loss(logits_TE), counts_E, logits_TE, p_TE)
+        dropped = None
+        if config.capacity_factor is not None:
+            if self.training or config.drop_in_evaluation:
+                capacity = expert_capacity(indices_TK.numel(), config.experts, config.capacity_factor)
+                kept = within_capacity(indices_TK, weights_TK.detach(), config.experts, capacity, config.drop)
+                indices_TK = torch.where(kept, indices_TK, -1)
+            dropped = (indices_TK < 0).float().mean()
+        z = z_loss(logits_TE)
+        return Routed(x_TD, weights_TK, indices_TK, balance, z, counts_E, logits_TE, p_TE, dropped)
 
     def decide(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T, D) → x itself, weights (T, K) fp32, indices (T, K) int64, logits (T, E) fp32; nothing is dropped."""

@@ -2,8 +2,8 @@
 
 At its peak a step holds, at once: parameters, gradients and AdamW's state; each weight cast to the compute dtype, which
 its product keeps for the backward pass; what the blocks keep for it (activations); and, of what is there for a moment,
-the larger of the head's chunk of logits and one block's gradients. A compiled backward pass gives its gradients all at
-its end: beside those of earlier micro-batches there is then room for as many, where activations and casts were.
+the larger of the head's chunk of logits and one block's gradients. A compiled block gives the gradients of its
+parameters all at its end, beside those of earlier micro-batches.
 
 It is the same for a step that is captured in a CUDA graph, whose memory is the graph's own, so that what evaluation
 takes comes on top. The tests hold the activations to what PyTorch saves, and on GPUs the sum to the allocator's peak.
@@ -46,8 +46,6 @@ class Memory:
     """Weights in the compute dtype."""
     activations: int
     """What the blocks keep for their backward passes."""
-    second_gradients: int
-    """Those of a compiled backward pass, until they are added: when activations and casts are not there any more."""
     moment: int
     """The head's logits and gradients, or one block's, whichever is more."""
 
@@ -58,8 +56,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        passing = max(self.casts + self.activations, self.second_gradients) + self.moment
-        return self.state + self.gradients + passing
+        return self.state + self.gradients + self.casts + self.activations + self.moment
 
 
 def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype) -> Memory:
@@ -80,14 +77,15 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         kept = sum(block.kept(tokens) for block in blocks)
         casts = cast * sum(block.parameters for block in blocks)
     kept += tokens * model.width * (size + (size if model.norm == "layernorm" else 8))  # the last norm's output, input
-    passing = max(_head(model, tokens, device, size), max(block.passing(tokens) for block in blocks))
+    beside = 4 if _compiled(training, device) and training.accumulation > 1 else 0
+    of_blocks = (block.passing(tokens) + beside * block.parameters for block in blocks)
+    passing = max(_head(model, tokens, device, size), *of_blocks)
     return Memory(
         parameters=4 * counts.total,
         gradients=4 * counts.total,
         optimizer=int(STATE_BYTES[training.optimizer_state] * counts.total),
         casts=casts,
         activations=kept,
-        second_gradients=4 * counts.total if _compiled(training, device) and training.accumulation > 1 else 0,
         moment=passing,
     )
 
@@ -212,7 +210,7 @@ def split_step(
     for split in splits:
         if all(room.holds(_cut(run, split)) for run in runs):
             return replace(split, auto_batch=False)
-    # The smallest need not take the least: a compiled backward pass has its own gradients beside those before it.
+    # The smallest need not take the least: only a step that is cut has a block's gradients beside those before.
     needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
     (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
     raise UsageError(_refusal(run, split, room, resuming))

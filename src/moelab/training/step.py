@@ -65,7 +65,7 @@ class Step:
         self.compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         if self.compiled:
             torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
-        self.forward: Callable[..., Any] = torch.compile(model) if self.compiled else model
+        self.forward: Callable[..., Any] = model.compiled() if self.compiled else model
         self.graph: torch.cuda.CUDAGraph | None = None
         self.input = torch.empty(0)  # the windows of a captured step
 
