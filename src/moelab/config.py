@@ -305,6 +305,10 @@ class TrainingConfig:
                 not rounds, flag(name), beta, "optimizer-state bf16 is too coarse for it; give 0.99 or less, or 8bit"
             )
 
+    def compiles(self, device: str) -> bool:
+        """Whether the model is compiled on a device of this type."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
 
 @dataclass(frozen=True)
 class UpcyclingConfig:

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -190,8 +191,18 @@ def test_the_trials_have_clusters_of_two_blocks_and_weight_gradients_that_are_cu
 
 @pytest.mark.long
 def test_emulated_the_trials_are_passed(emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the sources that are compiled ahead of them."""
+    launched = set()
+
+    def launch(self: EmulatedLaunch, source: nvrtc.Source, *rest: Any, **more: Any) -> None:
+        launched.add(source)
+        original(self, source, *rest, **more)
+
+    original = EmulatedLaunch.__call__
+    monkeypatch.setattr(EmulatedLaunch, "__call__", launch)
     monkeypatch.setattr(nvrtc, "launches", emulated.launches)
     assert self_check._wrong(hopper, torch.device("cpu")) is None
+    assert launched == set(hopper._of_trials())
 
 
 def test_what_it_does_not_take_is_refused_in_one_line() -> None:
@@ -230,9 +241,15 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
     (tmp_path / "asked").write_text("waiting")
     import waiting  # type: ignore[import-not-found]
 
+    cpu = torch.device("cpu")
     if trial == "ends":
-        assert self_check.failure(waiting, torch.device("cpu")) is None
+        begun = [self_check.begin(waiting, cpu) for _ in range(2)]
+        assert begun == [True, False]
+        assert self_check.failure(waiting, cpu) is None
         assert len(list((home / "kernels").iterdir())) == 1
+        (tmp_path / "asked").unlink()  # a further trial would fail
+        assert self_check.failure(waiting, cpu) is None
+        assert not self_check.begin(waiting, cpu)
     else:
         found = self_check.failure(waiting, torch.device("cpu"))
         assert found is not None

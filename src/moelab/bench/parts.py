@@ -63,8 +63,7 @@ class TimedStep(Step):
     def __init__(self, model: GPT, config: TrainingConfig, batches: Batches, captured: bool) -> None:
         super().__init__(model, replace(config, compile="off", capture="on" if captured else "off"), batches)
         self.timeline = Timeline(self.device)
-        on_gpu = self.device.type == "cuda"
-        compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+        compiled = config.compiles(self.device.type)
         if compiled:
             torch.compiler.reset()
         for number, block in enumerate(model.blocks):

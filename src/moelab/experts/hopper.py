@@ -60,10 +60,25 @@ def identity(device: torch.device) -> tuple[str, ...]:
     from cuda.bindings import nvrtc as compiler
 
     versions = (compiler.nvrtcVersion()[1:], driver.cuDriverGetVersion()[1:], version("cuda-core"), torch.__version__)
-    sources = (_source(1), _activated(1, "gelu"), rows_backend._rows(torch.bfloat16, "gelu"), rows_backend._ROUTE)
     launching = (Path(file).read_text() for file in (__file__, rows_backend.__file__, nvrtc.__file__))
-    code = (*(source.text() for source in sources), *launching)
-    return (*code, torch.cuda.get_device_name(device), repr(versions))
+    code = (*(source.text() for source in _of_trials()), *launching)
+    gpu = torch.cuda.get_device_properties(device)
+    return (*code, gpu.name, str(gpu.uuid), repr(versions))
+
+
+def _of_trials() -> tuple[nvrtc.Source, ...]:
+    """What the trials compile, in their order."""
+    rows = [rows_backend._rows(torch.bfloat16, activation) for activation in ("gelu", SWIGLU)]
+    return (
+        rows_backend._ROUTE, rows[0], _activated(1, "gelu"), _source(1), _source(2), _activated(2, "gelu"), rows[1]
+    )  # fmt: skip
+
+
+def compile_ahead(device: torch.device) -> None:
+    """Compiles what the trials do from the last on: beside a process that begins with the first."""
+    major, minor = torch.cuda.get_device_capability(device)
+    for source in reversed(_of_trials()):
+        source.cubin(f"sm_{major}{minor}")
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,43 +80,73 @@ def failure(backend: ModuleType, device: torch.device) -> str | None:
     `reference` in float64 on the CPU: of what the backend takes, and with biases where it takes those. Waits for the
     device.
 
-    A backend with `identity` has kernels that wait for one another: it is tried in a process of its own first, where
-    one that waits for ever, or that takes the CUDA context with it, does no harm. Of its trials the first is then
-    enough here.
+    A backend with `identity` has kernels that wait for one another: it is tried in a process of its own, where one that
+    waits for ever, or that takes the CUDA context with it, does no harm.
     """
-    elsewhere = _failure_in_a_process(backend, device) if hasattr(backend, "identity") else None
-    if elsewhere is not None:
-        return elsewhere
     try:
-        return apart(device, _wrong, backend, device, 1 if hasattr(backend, "identity") else None)
+        if not hasattr(backend, "identity"):
+            return apart(device, _wrong, backend, device)
+        known = _known(backend, device)
+        return known[0] if known else _tried_elsewhere(backend, device)
     except TrialFailed as problem:
         return str(problem)
 
 
-def _failure_in_a_process(backend: ModuleType, device: torch.device) -> str | None:
-    """`failure` in another process, once for an identity of the backend.
-
-    What is right, wrong or did not end is kept under MOELAB_HOME. What failed is not: it may have been the memory.
-    """
+def _file(backend: ModuleType, device: torch.device) -> Path:
+    """Where it is kept, for an identity of the backend, what a trial in another process found: that it is right, wrong
+    or did not end. What failed is not kept: it may have been the memory."""
     name = backend.__name__
     key = hashlib.sha256(json.dumps([name, *backend.identity(device)]).encode()).hexdigest()[:32]
-    kept = moelab_home() / "kernels" / f"{name.rpartition('.')[2]}-trial-{key}.json"
-    with contextlib.suppress(OSError, ValueError):
-        answer: str | None = json.loads(kept.read_text())
-        return answer
+    return moelab_home() / "kernels" / f"{name.rpartition('.')[2]}-trial-{key}.json"
+
+
+def _known(backend: ModuleType, device: torch.device) -> list[str | None]:
+    """What is kept there, or nothing."""
+    try:
+        return [json.loads(_file(backend, device).read_text())]
+    except (OSError, ValueError):
+        return []
+
+
+_trials: dict[tuple[ModuleType, torch.device], subprocess.Popen[str] | None] = {}  # None: it has ended
+
+
+def begin(backend: ModuleType, device: torch.device) -> bool:
+    """Begins the trial in another process that `failure` would wait for; False where there is none, or was one."""
+    if not hasattr(backend, "identity") or (backend, device) in _trials or _known(backend, device):
+        return False
+    _trials[backend, device] = _trial(backend, device)
+    return True
+
+
+def _trial(backend: ModuleType, device: torch.device) -> subprocess.Popen[str]:
+    name = backend.__name__
     code = (
         f"import json, torch, {name}; from moelab.experts.self_check import _wrong; "
         f"print(json.dumps(_wrong({name}, torch.device({str(device)!r}))))"
     )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _tried_elsewhere(backend: ModuleType, device: torch.device) -> str | None:
+    """`failure` in another process. Raises `TrialFailed`."""
+    trial = _trials.get((backend, device)) or _trial(backend, device)
+    _trials[backend, device] = None
+    if hasattr(backend, "compile_ahead"):
+        with contextlib.suppress(Exception):  # the trial will say it
+            backend.compile_ahead(device)
     try:
-        run = [sys.executable, "-c", code]
-        done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=PATIENCE)
-        wrong = json.loads(done.stdout.splitlines()[-1])
+        out, errors = trial.communicate(timeout=PATIENCE)
+        if trial.returncode != 0:
+            said = errors.strip().splitlines() or [f"it ended with {trial.returncode}"]
+            raise ValueError(said[-1].removeprefix(f"{__name__}.TrialFailed: "))
+        wrong = json.loads(out.splitlines()[-1])
     except subprocess.TimeoutExpired:
+        trial.kill()
         wrong = f"a trial in a process of its own did not end in {PATIENCE} seconds"
-    except (subprocess.CalledProcessError, ValueError, IndexError) as problem:
-        said = getattr(problem, "stderr", "").strip().splitlines() or [str(problem)]
-        return f"a trial in a process of its own failed ({said[-1].removeprefix(f'{__name__}.TrialFailed: ')})"
+    except (ValueError, IndexError) as problem:
+        raise TrialFailed(f"a trial in a process of its own failed ({problem})") from None
+    kept = _file(backend, device)
     answer = wrong and f"{wrong} (delete {kept} to have it tried again)"
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -127,10 +158,10 @@ class TrialFailed(RuntimeError):
     """A trial has no result; its text is one line."""
 
 
-def _wrong(backend: ModuleType, device: torch.device, trials: int | None = None) -> str | None:
-    """`failure` in this process, by the first so many trials or all. Raises `TrialFailed`."""
+def _wrong(backend: ModuleType, device: torch.device) -> str | None:
+    """`failure` in this process. Raises `TrialFailed`."""
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    for trial in getattr(backend, "TRIALS", (SMALL,))[:trials]:
+    for trial in getattr(backend, "TRIALS", (SMALL,)):
         for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
             bias = refusal(backend, dtype, trial.activation, bias=True) is None
             if not bias and refusal(backend, dtype, trial.activation, bias=False) is not None:

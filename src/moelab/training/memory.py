@@ -77,7 +77,7 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         kept = sum(block.kept(tokens) for block in blocks)
         casts = cast * sum(block.parameters for block in blocks)
     kept += tokens * model.width * (size + (size if model.norm == "layernorm" else 8))  # the last norm's output, input
-    beside = 4 if _compiled(training, device) and training.accumulation > 1 else 0
+    beside = 4 if training.compiles(device.type) and training.accumulation > 1 else 0
     of_blocks = (block.passing(tokens) + beside * block.parameters for block in blocks)
     passing = max(_head(model, tokens, device, size), *of_blocks)
     return Memory(
@@ -88,10 +88,6 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         activations=kept,
         moment=passing,
     )
-
-
-def _compiled(training: TrainingConfig, device: torch.device) -> bool:
-    return training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
 
 
 class _Block:

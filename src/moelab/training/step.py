@@ -62,7 +62,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
+        self.compiled = config.compiles(self.device.type)
         if self.compiled:
             torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
         self.forward: Callable[..., Any] = model.compiled() if self.compiled else model
