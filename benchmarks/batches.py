@@ -49,7 +49,7 @@ def main() -> None:
     dtype = compute_dtype("auto", device)
     config = replace(chosen.model, vocabulary=50_304)
     model = GPT(config, dtype=dtype, seed=0).to(device)
-    forward: Callable[..., object] = torch.compile(model) if device.type == "cuda" else model
+    forward: Callable[..., object] = model.compiled() if device.type == "cuda" else model
     optimizer = make_optimizer(model, chosen.training)
 
     with tempfile.TemporaryDirectory() as folder:

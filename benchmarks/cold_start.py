@@ -28,13 +28,12 @@ import tyro  # noqa: E402
 from moelab.device import (  # noqa: E402
     compute_dtype,
     environment,
-    import_compiler,
     keep_compiled_code,
     peak_memory,
     resolve_device,
     synchronize,
 )
-from moelab.experts import backend_of, begin_trial  # noqa: E402
+from moelab.experts import backend_of  # noqa: E402
 from moelab.model import GPT  # noqa: E402
 from moelab.presets import arm_model, preset  # noqa: E402
 from moelab.training.batches import Batches  # noqa: E402
@@ -116,8 +115,6 @@ def first_steps(settings: Benchmark) -> dict[str, float | None]:
     dtype = compute_dtype("auto", device)
     config = arm_model(settings.arms, chosen.model, chosen.moe)
     if config.moe is not None:
-        if begin_trial(config, device, dtype):
-            import_compiler()
         backend_of(config, device, dtype)
     moments.append(time.time())
     given = {name: getattr(settings, name) for name in ("batch_size", "accumulation") if getattr(settings, name)}

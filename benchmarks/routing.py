@@ -64,7 +64,7 @@ def main() -> None:
             moe = replace(chosen.moe, **changes)  # type: ignore[arg-type]
             config = replace(arm_model("moe", chosen.model, moe), vocabulary=50_304)
             model = GPT(config, dtype=dtype, seed=0).to(device)
-            forward = torch.compile(model) if device.type == "cuda" else model
+            forward = model.compiled() if device.type == "cuda" else model
             optimizer = make_optimizer(model, chosen.training)
             ids = torch.randint(0, 50_257, (chosen.training.batch_size, config.context + 1), device=device)
 

@@ -209,7 +209,7 @@ def keep_compiled_code() -> None:
 
 
 def import_compiler() -> None:
-    """Imports what the first compilation imports, some 3 seconds of it: where there is something to be waited for."""
+    """Imports what the first `torch.compile` imports, some 3 seconds of it: where there is something to wait for."""
     importlib.import_module("torch._inductor.compile_fx")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -232,6 +235,7 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
     (tmp_path / "waiting.py").write_text(
         "from moelab.experts.reference import expert_mlp as right\n"
         "def identity(device): return ()\n"
+        f"import os; open({str(tmp_path / 'processes')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
         f"def expert_mlp(*given):\n    if __name__ in open({str(tmp_path / 'asked')!r}).read(): {does}\n"
         "    return right(*given)\n"
     )
@@ -243,13 +247,9 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
 
     cpu = torch.device("cpu")
     if trial == "ends":
-        begun = [self_check.begin(waiting, cpu) for _ in range(2)]
-        assert begun == [True, False]
-        assert self_check.failure(waiting, cpu) is None
+        for _ in range(2):
+            assert self_check.failure(waiting, cpu) is None
         assert len(list((home / "kernels").iterdir())) == 1
-        (tmp_path / "asked").unlink()  # a further trial would fail
-        assert self_check.failure(waiting, cpu) is None
-        assert not self_check.begin(waiting, cpu)
     else:
         found = self_check.failure(waiting, torch.device("cpu"))
         assert found is not None
@@ -260,7 +260,46 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
         assert again == (None if "fail" in said else found)
         kept = [str(file) for file in (home / "kernels").iterdir()]
         assert again is None or (len(kept) == 1 and f"(delete {kept[0]} to have it tried again)" in again)
+    here, *others = (tmp_path / "processes").read_text().split()
+    assert int(here) == os.getpid()
+    assert len(others) == (2 if trial == "crashes" else 1)
+    assert not any(Path(f"/proc/{other}").exists() for other in others)  # not even as a zombie
     sys.modules.pop("waiting")
+
+
+def test_a_trial_ends_with_what_waits_for_it(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, while other things are done and its kernel waits for ever."""
+    (tmp_path / "hanging.py").write_text(
+        "def identity(device): return ()\n"
+        "def expert_mlp(*given):\n    import time; time.sleep(60)\n"
+        "def compile_ahead(device):\n    yield\n    raise KeyboardInterrupt\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(tmp_path)
+    started = []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, start=subprocess.Popen, **k: started.append(start(*a, **k)) or started[-1]
+    )
+    import hanging  # type: ignore[import-not-found]
+
+    with pytest.raises(KeyboardInterrupt):
+        self_check.failure(hanging, torch.device("cpu"))
+    assert [trial.returncode for trial in started] == [-signal.SIGKILL]
+    assert not (home / "kernels").exists()
+    sys.modules.pop("hanging")
+
+
+def test_what_the_trials_use_is_compiled_ahead(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := nvrtc.no_compiler()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    turns = hopper.compile_ahead(torch.device("cuda", 0))
+    next(turns)
+    (first,) = (home / "kernels").iterdir()
+    assert first.name.startswith("rows-sm_90-")
+    assert len(list(turns)) + 1 == len(hopper._of_trials())
+    names = sorted(file.name.partition("-")[0] for file in (home / "kernels").iterdir())
+    assert names == ["activated", "activated", "hopper", "hopper", "route", "rows", "rows"]
 
 
 def tried() -> None:

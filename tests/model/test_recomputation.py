@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def made(name: str, dtype: torch.dtype, checkpointed: bool) -> GPT:
 
 def step(model: GPT, compiled: bool = False, micro_batches: int = 3) -> dict[str, torch.Tensor]:
     """Losses, gradients and buffers of two optimizer steps, without an optimizer."""
-    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    forward = model.compiled(backend="aot_eager", fullgraph=True) if compiled else model
     balancer, found = Balancer(model), {}
     g = torch.Generator().manual_seed(0)
     for number in range(2):
@@ -111,21 +112,26 @@ def test_evaluation_and_sampling_are_as_they_were() -> None:
 @pytest.mark.parametrize("name", ["plain", "drop-by-score", "many-chosen", "everything"])
 def test_a_compiled_backward_pass_decides_nothing(name: str, device: str) -> None:
     """Whatever the compiler rounds, the decisions are those of the forward pass: no operator there makes any."""
-    seen = []
+    forward: list[list[object]] = []
+    backward: list[list[object]] = []
 
-    def noted(graph: torch.fx.GraphModule, _: object) -> object:
+    def noted(seen: list[list[object]], graph: torch.fx.GraphModule, _: object) -> object:
         seen.append([node.target for node in graph.graph.nodes if node.target in recomputation.DECISIONS])
         return make_boxed_func(graph.forward)
 
     torch.compiler.reset()
-    backend = aot_autograd(fw_compiler=noted, bw_compiler=noted, partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(
+        fw_compiler=partial(noted, forward),
+        bw_compiler=partial(noted, backward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
     model = made(name, torch.bfloat16, True).to(device)
     ids = torch.randint(0, 128, (4, 25), generator=torch.Generator().manual_seed(0)).to(device)
-    out = torch.compile(model, fullgraph=True, backend=backend)(ids[:, :-1], ids[:, 1:])
+    out = model.compiled(fullgraph=True, backend=backend)(ids[:, :-1], ids[:, 1:])
     (out.loss + out.balance_loss + out.z_loss).backward()
-    forward, backward = seen
-    assert len(forward) >= len(model.routers)
-    assert backward == []
+    assert sum(map(bool, forward)) >= 1  # blocks that are alike are one graph
+    assert len(backward) == len(forward) >= 3
+    assert not any(backward)
 
 
 def gradients_on_a_gpu(
@@ -135,7 +141,7 @@ def gradients_on_a_gpu(
     config = replace(SMALL, width=256, heads=4, context=256, layers=2)
     arm = "dense" if SETTINGS[name] is None else "moe"
     model = GPT(arm_model(arm, config, SETTINGS[name] or MoEConfig()), dtype, checkpoint_activations=checkpointed)
-    forward = torch.compile(model.cuda(), fullgraph=True) if compiled else model.cuda()
+    forward = model.cuda().compiled(fullgraph=True) if compiled else model.cuda()
     ids = torch.randint(0, 128, (16, 257), generator=torch.Generator().manual_seed(0)).cuda()
     out = forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     (out.loss + out.balance_loss).backward()

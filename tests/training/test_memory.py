@@ -119,14 +119,16 @@ def test_recomputed_blocks_keep_their_inputs(monkeypatch: pytest.MonkeyPatch) ->
     assert more.activations - less.activations == pytest.approx(kept, rel=0.04)
 
 
-def test_a_compiled_step_of_several_micro_batches_has_the_gradients_of_a_block_twice() -> None:
-    """PyTorch adds those of a compiled block to those before them when its backward pass has ended."""
+def test_a_step_of_several_micro_batches_has_gradients_beside_those_that_it_adds_them_to() -> None:
+    """PyTorch adds those of a compiled block when its backward pass has ended, and those of a head that is the
+    embedding when the embedding's are there too."""
     run, of_block = run_of("350m", "moe"), 4 * (4 * 1024**2 + 8 * 2 * 4 * 1024**2)
-    model = replace(run.model, vocabulary=64)  # a small head
-    for times, compiled, expected in ((1, "auto", 0), (32, "auto", of_block), (32, "off", 0)):
-        training = replace(run.training, compile=compiled)  # type: ignore[arg-type]
-        plain = estimate_of(model, replace(training, compile="off"), CUDA, torch.bfloat16, 8, times)
-        assert estimate_of(model, training, CUDA, torch.bfloat16, 8, times).moment == plain.moment + expected
+    for tied, of_head in ((True, 4 * 64 * 1024), (False, 0)):
+        model = replace(run.model, vocabulary=64, tied_head=tied)  # a small head
+        once = estimate_of(model, run.training, CUDA, torch.bfloat16, 8, 1).moment
+        for compiled, expected in (("auto", of_block + of_head), ("off", of_head)):
+            training = replace(run.training, compile=compiled)  # type: ignore[arg-type]
+            assert estimate_of(model, training, CUDA, torch.bfloat16, 8, 4).moment == once + expected
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
@@ -395,7 +397,7 @@ ADDED = [
     ("124m", "moe", 8, 2, "captured"),
     ("124m", "moe", 8, 2, "captured, recomputed"),
     ("124m", "moe", 8, 2, "plain"),
-    ("124m", "moe", 1, 2, "captured"),  # its second gradients are more than all that it keeps
+    ("124m", "moe", 1, 2, "captured"),  # its gradients are more than all that it keeps
 ]
 
 

@@ -16,6 +16,7 @@ Both passes are operators of `torch.library`, with shapes for the compiler and a
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -74,11 +75,12 @@ def _of_trials() -> tuple[nvrtc.Source, ...]:
     )  # fmt: skip
 
 
-def compile_ahead(device: torch.device) -> None:
-    """Compiles what the trials do from the last on: beside a process that begins with the first."""
+def compile_ahead(device: torch.device) -> Iterator[None]:
+    """Compiles what the trials do from the last on, a source at a turn: beside a process that begins with the first."""
     major, minor = torch.cuda.get_device_capability(device)
     for source in reversed(_of_trials()):
         source.cubin(f"sm_{major}{minor}")
+        yield
 
 
 def refuses(dtype: torch.dtype, activation: Activation, bias: bool, deterministic: bool) -> str | None:

@@ -119,6 +119,8 @@ def availability(name: str, device: torch.device) -> Availability:
     """
     if name not in BACKENDS:
         raise UsageError(f"backend = {name}: give one of auto, {', '.join(BACKENDS)}")
+    if str(device) == "cuda":  # a trial in another process has to know which
+        device = torch.device("cuda", torch.cuda.current_device())
     return _tried(BACKENDS[name], device)
 
 
@@ -182,26 +184,10 @@ def choose_backend(
 
 def backend_of(model: ModelConfig, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> Choice:
     """The backend that computes the experts of a model; raises `UsageError` where it cannot."""
-    assert model.moe is not None
-    return choose_backend(model.moe.backend, device, dtype, model.activation, model.bias, _shape(model), deterministic)
-
-
-def begin_trial(model: ModelConfig, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> bool:
-    """Begins what `backend_of` would wait for: a trial in a process of its own. False where there is nothing to be
-    waited for."""
-    assert model.moe is not None
-    name, shape = model.moe.backend, _shape(model)
-    names = choice.order(choice.device_class(device), dtype, shape).backends if name == "auto" else (name,)
-    for module in filter(None, map(BACKENDS.get, names)):
-        refused = self_check.refusal(module, dtype, model.activation, model.bias, deterministic, shape)
-        if refused is None and module.unusable(device) is None:
-            return self_check.begin(module, device)
-    return False
-
-
-def _shape(model: ModelConfig) -> Shape:
-    assert model.moe is not None
-    return Shape(model.width, model.expert_hidden_size, model.moe.experts, model.moe.top_k)
+    moe = model.moe
+    assert moe is not None
+    shape = Shape(model.width, model.expert_hidden_size, moe.experts, moe.top_k)
+    return choose_backend(moe.backend, device, dtype, model.activation, model.bias, shape, deterministic)
 
 
 def _chosen(

@@ -74,6 +74,7 @@ class Source:
     ) -> None:  # fmt: skip
         self.file, self.macros, self.headers, self.feature, self.blocks = file, macros, headers, feature, blocks
         self._kernels: dict[tuple[str, str], Any] = {}
+        self._cubins: dict[str, bytes] = {}  # for where nothing can be written
 
     def text(self) -> str:
         """What the compiler reads; messages name lines of the files."""
@@ -93,6 +94,8 @@ class Source:
 
     def cubin(self, arch: str) -> bytes:
         """`compile`, from disk where it was done before."""
+        if arch in self._cubins:
+            return self._cubins[arch]
         from cuda.bindings import nvrtc
 
         from moelab.config import moelab_home
@@ -104,6 +107,7 @@ class Source:
         if kept is None:
             kept = self.compile(arch)
             _write(path, kept)
+        self._cubins[arch] = kept
         return kept
 
     def kernel(self, name: str, arch: str) -> Any:

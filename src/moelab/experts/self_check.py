@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from moelab.config import Activation, first_line, moelab_home
+from moelab.device import import_compiler
 from moelab.experts import reference
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
@@ -108,50 +109,45 @@ def _known(backend: ModuleType, device: torch.device) -> list[str | None]:
         return []
 
 
-_trials: dict[tuple[ModuleType, torch.device], subprocess.Popen[str] | None] = {}  # None: it has ended
-
-
-def begin(backend: ModuleType, device: torch.device) -> bool:
-    """Begins the trial in another process that `failure` would wait for; False where there is none, or was one."""
-    if not hasattr(backend, "identity") or (backend, device) in _trials or _known(backend, device):
-        return False
-    _trials[backend, device] = _trial(backend, device)
-    return True
-
-
-def _trial(backend: ModuleType, device: torch.device) -> subprocess.Popen[str]:
+def _tried_elsewhere(backend: ModuleType, device: torch.device) -> str | None:
+    """`failure` in another process. Raises `TrialFailed`."""
     name = backend.__name__
     code = (
         f"import json, torch, {name}; from moelab.experts.self_check import _wrong; "
         f"print(json.dumps(_wrong({name}, torch.device({str(device)!r}))))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _tried_elsewhere(backend: ModuleType, device: torch.device) -> str | None:
-    """`failure` in another process. Raises `TrialFailed`."""
-    trial = _trials.get((backend, device)) or _trial(backend, device)
-    _trials[backend, device] = None
-    if hasattr(backend, "compile_ahead"):
-        with contextlib.suppress(Exception):  # the trial will say it
-            backend.compile_ahead(device)
+    trial = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
+        _meanwhile(backend, device, trial)
         out, errors = trial.communicate(timeout=PATIENCE)
         if trial.returncode != 0:
             said = errors.strip().splitlines() or [f"it ended with {trial.returncode}"]
             raise ValueError(said[-1].removeprefix(f"{__name__}.TrialFailed: "))
         wrong = json.loads(out.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        trial.kill()
         wrong = f"a trial in a process of its own did not end in {PATIENCE} seconds"
     except (ValueError, IndexError) as problem:
         raise TrialFailed(f"a trial in a process of its own failed ({problem})") from None
+    finally:
+        trial.kill()  # if it goes on: a kernel may wait for ever
+        trial.communicate()
     kept = _file(backend, device)
     answer = wrong and f"{wrong} (delete {kept} to have it tried again)"
     with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(answer))
     return answer
+
+
+def _meanwhile(backend: ModuleType, device: torch.device, trial: subprocess.Popen[str]) -> None:
+    """What is needed after a trial, or in it, while it goes on: it takes a process start and several compilations."""
+    if device.type == "cuda":
+        import_compiler()
+    if hasattr(backend, "compile_ahead"):
+        with contextlib.suppress(Exception):  # the trial says what does not compile
+            for _ in backend.compile_ahead(device):
+                if trial.poll() is not None:
+                    break
 
 
 class TrialFailed(RuntimeError):

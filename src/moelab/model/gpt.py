@@ -70,12 +70,8 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, first: int, cache: KVCache | None, keep_routing: bool = False
     ) -> tuple[torch.Tensor, Routed | Tally | None]:
-        """(B, C, D) → (B, C, D), and of an MoE's router what it decided, or just what training needs of it.
-
-        The latter, since a block that is compiled by itself makes gradients for all that it hands out.
-        """
-        x, routed = self.feed(self.attend(x, first, cache))
-        return x, routed if routed is None or keep_routing else routed.tally()
+        """(B, C, D) → (B, C, D), and of an MoE's router what it decided, or just what training needs of it."""
+        return self.feed(self.attend(x, first, cache), keep_routing)
 
     def attend(self, x: torch.Tensor, first: int, cache: KVCache | None) -> torch.Tensor:
         """The first half."""
@@ -83,17 +79,18 @@ class Block(nn.Module):
         mixed: torch.Tensor = self.attention(normed, first, cache)
         return x + mixed
 
-    def feed(self, x: torch.Tensor) -> tuple[torch.Tensor, Routed | None]:
-        """The second half."""
+    def feed(self, x: torch.Tensor, keep_routing: bool = False) -> tuple[torch.Tensor, Routed | Tally | None]:
+        """The second half. What it hands out, compiled by itself, gets gradients, if only of zeros: for training the
+        routers' losses and counts alone."""
         x, normed = self.feed_forward_norm.fork(x, self.attention.b_out)
-        y, routed = self.feed_forward(normed), None
-        if isinstance(self.feed_forward, MoE):
-            y, routed = y
-        return x + y, routed
+        if not isinstance(self.feed_forward, MoE):
+            return x + self.feed_forward(normed), None
+        y, routed = self.feed_forward(normed)
+        return x + y, routed if keep_routing else routed.tally()
 
 
 class Parts(NamedTuple):
-    """The functions that a forward pass of `GPT` consists of, each of the module that comes first."""
+    """The functions that a forward pass of `GPT` consists of; the first argument of each is the module it is of."""
 
     embed: Callable[..., torch.Tensor]
     block: Callable[..., tuple[torch.Tensor, Routed | Tally | None]]
@@ -245,7 +242,7 @@ class GPT(nn.Module):
         parts = parts or PLAIN
         x = parts.embed(self, ids, first)
         decided: list[Routed | Tally] = []
-        recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and cache is None and not keep_routing
         for block in self.blocks:
             x, one = parts.recomputed(block, x) if recompute else parts.block(block, x, first, cache, keep_routing)
             if one is not None:
@@ -254,13 +251,13 @@ class GPT(nn.Module):
             cache.length += ids.shape[1]
         return parts.output(self, x, targets, reduction, decided, keep_routing)
 
-    def compiled(self) -> Callable[..., Output]:
-        """This model as a function, compiled part by part: blocks that are alike are compiled once.
+    def compiled(self, **settings: Any) -> Callable[..., Output]:
+        """This model for training, compiled part by part: blocks that are alike are compiled once.
 
-        A whole GPT is compiled as many times as long as it has layers, and is hardly faster: what is not fused is the
-        addition at a block's end with the norm of the next.
+        A whole GPT takes as many times as long to compile as it has layers. What is not fused by parts is the addition
+        at a block's end with the norm of the next. `settings` are those of `torch.compile`.
         """
-        compiled: list[Any] = [torch.compile(part) for part in PLAIN]
+        compiled: list[Any] = [torch.compile(part, **settings) for part in PLAIN]
         return functools.partial(self, parts=Parts(*compiled))
 
 

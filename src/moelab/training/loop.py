@@ -30,7 +30,6 @@ from moelab.config import RunConfig, RunFailed, UsageError
 from moelab.device import (
     compute_dtype,
     environment,
-    import_compiler,
     keep_compiled_code,
     keep_freed_memory,
     peak_flops,
@@ -41,7 +40,7 @@ from moelab.device import (
 )
 from moelab.evaluation import Score, routing, score
 from moelab.evaluation.token_types import token_types
-from moelab.experts import backend_of, begin_trial
+from moelab.experts import backend_of
 from moelab.experts.choice import announce
 from moelab.meters import count_parameters, flops_per_token, model_flops_utilization
 from moelab.model import GPT
@@ -106,9 +105,6 @@ def train(
     device = resolve_device(run.training.device)
     dtype = compute_dtype(run.training.precision, device)
     if run.model.moe is not None:
-        begun = begin_trial(run.model, device, dtype, run.training.deterministic)
-        if begun and run.training.compiles(device.type):
-            import_compiler()  # meanwhile
         backend_of(run.model, device, dtype, run.training.deterministic)
     check_optimizer_state(run.training.optimizer_state)
     check_capture(run.training, device)

@@ -77,8 +77,11 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         kept = sum(block.kept(tokens) for block in blocks)
         casts = cast * sum(block.parameters for block in blocks)
     kept += tokens * model.width * (size + (size if model.norm == "layernorm" else 8))  # the last norm's output, input
-    beside = 4 if training.compiles(device.type) and training.accumulation > 1 else 0
-    of_blocks = (block.passing(tokens) + beside * block.parameters for block in blocks)
+    beside = 0
+    if training.accumulation > 1:  # not added yet: gradients of a compiled block, and of a head that is the embedding
+        beside += 4 * largest if training.compiles(device.type) else 0
+        beside += 4 * model.vocabulary * model.width if model.tied_head else 0
+    of_blocks = (block.passing(tokens) + beside for block in blocks)
     passing = max(_head(model, tokens, device, size), *of_blocks)
     return Memory(
         parameters=4 * counts.total,
