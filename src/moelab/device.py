@@ -208,11 +208,6 @@ def keep_compiled_code() -> None:
         setattr(settings, ours_too, True)
 
 
-def import_compiler() -> None:
-    """Imports what the first `torch.compile` imports, some 3 seconds of it: where there is something to wait for."""
-    importlib.import_module("torch._inductor.compile_fx")
-
-
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":

@@ -251,12 +251,12 @@ def test_a_backend_whose_kernels_wait_is_tried_in_a_process_of_its_own(
             assert self_check.failure(waiting, cpu) is None
         assert len(list((home / "kernels").iterdir())) == 1
     else:
-        found = self_check.failure(waiting, torch.device("cpu"))
+        found = self_check.failure(waiting, cpu)
         assert found is not None
         assert said is not None
         assert said in found
         (tmp_path / "asked").write_text("")  # what failed is tried again, what did not end or was wrong is not
-        again = self_check.failure(waiting, torch.device("cpu"))
+        again = self_check.failure(waiting, cpu)
         assert again == (None if "fail" in said else found)
         kept = [str(file) for file in (home / "kernels").iterdir()]
         assert again is None or (len(kept) == 1 and f"(delete {kept[0]} to have it tried again)" in again)
