@@ -208,6 +208,17 @@ def keep_compiled_code() -> None:
         setattr(settings, ours_too, True)
 
 
+def import_compiler() -> None:
+    """Imports what the first `torch.compile` would: some 1,500 modules, as in `moelab` without a look for garbage."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        importlib.import_module("torch._inductor.compile_fx")
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":

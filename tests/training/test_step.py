@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -326,3 +328,11 @@ def test_a_step_that_waits_for_the_host_is_not_captured_and_says_so() -> None:
     insisted = made("moe", moe=moe, sizes=LEARNED, device="cuda", dtype=torch.bfloat16, capture="on")
     with pytest.raises(UsageError, match="capture = on: a step of this model waits for the host"):
         insisted.prepare(insisted.batches.windows(0).cuda())
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_compilers_import_leaves_garbage_collection_as_it_was(collecting: bool) -> None:
+    code = f"import gc; gc.{'enable' if collecting else 'disable'}(); import moelab; from moelab.device import *; "
+    code += "import_compiler(); import sys; assert 'torch._inductor.compile_fx' in sys.modules; print(gc.isenabled())"
+    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said.strip() == str(collecting)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from moelab.config import Activation, first_line, moelab_home
+from moelab.device import import_compiler
 from moelab.experts import reference
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
@@ -142,7 +142,7 @@ def _tried_elsewhere(backend: ModuleType, device: torch.device) -> str | None:
 def _meanwhile(backend: ModuleType, device: torch.device, trial: subprocess.Popen[str]) -> None:
     """What is needed after a trial, or in it, while it goes on: it takes a process start and several compilations."""
     if device.type == "cuda":
-        importlib.import_module("torch._inductor.compile_fx")  # what the first torch.compile imports: 3 seconds
+        import_compiler()  # 3 seconds
     if hasattr(backend, "compile_ahead"):
         with contextlib.suppress(Exception):  # the trial says what does not compile
             for _ in backend.compile_ahead(device):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moelab.config import RunFailed, TrainingConfig, UsageError, first_line
-from moelab.device import synchronize
+from moelab.device import import_compiler, synchronize
 from moelab.experts import backend_of
 from moelab.model import GPT
 from moelab.model.gpt import Output
@@ -50,6 +50,10 @@ class Step:
     def __init__(self, model: GPT, config: TrainingConfig, batches: Batches) -> None:
         self.model, self.config, self.batches = model, config, batches
         self.device = model.token_embedding.device
+        self.compiled = config.compiles(self.device.type)
+        if self.compiled:
+            import_compiler()
+            torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=model.dtype == torch.float16)
         self.balancer = Balancer(model)
@@ -62,9 +66,6 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.compiled = config.compiles(self.device.type)
-        if self.compiled:
-            torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
         self.forward: Callable[..., Any] = model.compiled() if self.compiled else model
         self.graph: torch.cuda.CUDAGraph | None = None
         self.input = torch.empty(0)  # the windows of a captured step
