@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moelab.config import RunFailed, TrainingConfig, UsageError, first_line
-from moelab.device import import_compiler, synchronize
+from moelab.device import import_compiler, reset_peak_memory, synchronize
 from moelab.experts import backend_of
 from moelab.model import GPT
 from moelab.model.gpt import Output
@@ -91,16 +91,14 @@ class Step:
         """
         wanted = self.config.capture == "on" or (self.config.capture == "auto" and self.compiled)
         if self.device.type != "cuda" or not wanted:
-            self._open_libraries()
-            self._rehearse(windows)
+            self._first_pass(windows)
             synchronize(self.device)
             return None
         # Not on the default stream: autograd would remember it for each parameter and leave the capture for it.
         stream = _side_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._open_libraries()
-            self._rehearse(windows)
+            self._first_pass(windows)
             torch.cuda.empty_cache()  # or the next would cut up what this one left, and lack room for the head
             waits = self._waits_for_host(windows)
             if waits is None:
@@ -134,6 +132,12 @@ class Step:
         if self.device.type == "cuda":
             one = torch.ones(64, 64, device=self.device, dtype=self.model.dtype, requires_grad=True)
             (one @ one).sum().backward()
+
+    def _first_pass(self, windows: torch.Tensor) -> None:
+        """Compiles; what that takes of memory beside the step, as where kernels are tried on copies, is not counted."""
+        self._open_libraries()
+        self._rehearse(windows)
+        reset_peak_memory(self.device)
 
     def _rehearse(self, windows: torch.Tensor) -> None:
         self._learn(*next(self.batches.micro_batches(windows)))
