@@ -309,6 +309,10 @@ class TrainingConfig:
         """Whether the model is compiled on a device of this type."""
         return self.compile == "on" or (self.compile == "auto" and device == "cuda")
 
+    def captures(self, device: str) -> bool:
+        """Whether a step is captured in a CUDA graph on a device of this type, if nothing in it waits for the host."""
+        return device == "cuda" and (self.capture == "on" or (self.capture == "auto" and self.compiles(device)))
+
 
 @dataclass(frozen=True)
 class UpcyclingConfig:

@@ -131,6 +131,17 @@ def test_a_step_of_several_micro_batches_has_gradients_beside_those_that_it_adds
             assert estimate_of(model, training, CUDA, torch.bfloat16, 8, 4).moment == once + expected
 
 
+def test_a_captured_step_of_several_micro_batches_has_a_gap_where_the_logits_were() -> None:
+    """Four layers of 124M: on an H100 the allocator wanted 786 MiB more, beside 2,190 in use and 573 in gaps."""
+    run = run_of("124m", "dense", batch_size=8, accumulation=2, capture="on")
+    model = replace(run.model, vocabulary=50_304, layers=4)
+    found = training_memory(model, run.training, CUDA, torch.bfloat16)
+    assert found.total / FILL >= (2_190 + 573 + 786) * 2**20
+    assert found.total - found.gap >= (2_190 + 786) * 2**20  # the peak of what is given out
+    for changed in ({"accumulation": 1}, {"capture": "off"}, {"capture": "auto", "compile": "off"}):
+        assert training_memory(model, replace(run.training, **changed), CUDA, torch.bfloat16).gap == 0
+
+
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_parameters_gradients_and_state_are_counted_exactly(state: str) -> None:
     config = arm_model("moe", SMALL, MoEConfig(4, 2))
@@ -296,7 +307,7 @@ def test_a_cut_is_said_in_words(cut: tuple[int, int], said: str) -> None:
 
 
 def test_bytes_are_said_as_gibibytes() -> None:
-    assert gib(Memory(GIB, GIB // 2, 0, 0, 0, 0).total) == "1.5 GiB"
+    assert gib(Memory(GIB, GIB // 2, 0, 0, 0, 0, 0).total) == "1.5 GiB"
 
 
 def test_the_page_on_memory_shows_what_is_chosen() -> None:

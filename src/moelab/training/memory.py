@@ -6,7 +6,8 @@ the larger of the head's chunk of logits and one block's gradients. A compiled b
 parameters all at its end, beside those of earlier micro-batches.
 
 It is the same for a step that is captured in a CUDA graph, whose memory is the graph's own, so that what evaluation
-takes comes on top. The tests hold the activations to what PyTorch saves, and on GPUs the sum to the allocator's peak.
+takes comes on top. There the first micro-batch's gradients lie in what its logits left, which the next then lacks. The
+tests hold the activations to what PyTorch saves, and on GPUs the sum to the allocator's peak.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Memory:
     """What the blocks keep for their backward passes."""
     moment: int
     """The head's logits and gradients, or one block's, whichever is more."""
+    gap: int
+    """Lost between blocks of memory in a captured step of several micro-batches: the logits' place."""
 
     @property
     def state(self) -> int:
@@ -56,7 +59,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.state + self.gradients + self.casts + self.activations + self.moment
+        return self.state + self.gradients + self.casts + self.activations + self.moment + self.gap
 
 
 def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.device, dtype: torch.dtype) -> Memory:
@@ -90,6 +93,7 @@ def training_memory(model: ModelConfig, training: TrainingConfig, device: torch.
         casts=casts,
         activations=kept,
         moment=passing,
+        gap=_logits(model, tokens, device, size) if training.accumulation > 1 and training.captures(device.type) else 0,
     )
 
 
@@ -151,11 +155,16 @@ class _Block:
 
 def _head(model: ModelConfig, tokens: int, device: torch.device, size: int) -> int:
     """Bytes that `model.head` has at once, those of the hidden states' gradients included."""
+    weight = model.vocabulary * model.width * (size + 8)  # cast; its gradient, and that times the loss's
+    return _logits(model, tokens, device, size) + 2 * tokens * model.width * size + weight
+
+
+def _logits(model: ModelConfig, tokens: int, device: torch.device, size: int) -> int:
+    """Bytes of a chunk's logits and what is computed of them."""
     chunk = CHUNK.get(device.type, CHUNK["cuda"])
     on_cpu = 12 if tokens <= chunk else size + 8
     of_a_logit = on_cpu if device.type == "cpu" else size  # the kernel on GPUs needs no more than the logit's place
-    weight = model.vocabulary * model.width * (size + 8)  # cast; its gradient, and that times the loss's
-    return min(tokens, chunk) * model.vocabulary * of_a_logit + 2 * tokens * model.width * size + weight
+    return min(tokens, chunk) * model.vocabulary * of_a_logit
 
 
 def evaluation_memory(run: RunConfig, device: torch.device, dtype: torch.dtype) -> int:

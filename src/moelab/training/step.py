@@ -89,8 +89,7 @@ class Step:
             UsageError: `capture` is "on", and part of the step waits for the host.
             RunFailed: the step could not be captured for a reason that only shows when it is tried.
         """
-        wanted = self.config.capture == "on" or (self.config.capture == "auto" and self.compiled)
-        if self.device.type != "cuda" or not wanted:
+        if not self.config.captures(self.device.type):
             self._first_pass(windows)
             synchronize(self.device)
             return None
