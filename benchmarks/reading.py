@@ -7,6 +7,7 @@ with the scores of its runs. What is not there is said to be missing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from moelab.training.loop import write_aside
 
 WIKITEXT = "wikitext-103.json"
 RATE = "-lr"  # before a learning rate, in the name of a size at another one
+SEQUENCES_A_STEP = "-b"  # before a number of sequences, in the name of a size whose steps have as many
 ARMS = ("dense", "moe", "dense-wide", "moe-matched")  # in the order of the reports, which gives them their colours
 PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
 BUDGETS = ("tokens", "flops", "seconds")
@@ -41,6 +43,11 @@ class Stored:
     name: str
     results: dict[str, Any]
     scores: dict[str, dict[str, Any]]
+
+    @property
+    def base(self) -> str:
+        """The size's name at the learning rate and the sequences a step of all sizes."""
+        return re.split(f"({RATE}|{SEQUENCES_A_STEP})(?=[0-9])", self.name)[0]
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
@@ -71,7 +78,7 @@ class Stored:
 def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
     """Writes README.md, and a picture of each fit, into the folder that the results lie in; returns the page."""
     stored = [found for name in planned if (found := _stored(folder, name))]
-    fits = Fits([one for one in stored if RATE not in one.name])
+    fits = Fits([one for one in stored if one.name == one.base])
     folder.mkdir(parents=True, exist_ok=True)
     for group, law in fits.laws.items():
         (folder / _picture_name(group)).write_bytes(_picture(fits, group, law).files()["compute.svg"])
@@ -83,6 +90,7 @@ def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
         *_where_it_won(stored),
         *_how_soon(stored),
         *_at_other_rates(stored),
+        *_in_larger_steps(stored),
         *_worth(fits),
         *_losses(stored),
         *_speeds(stored),
@@ -125,7 +133,8 @@ def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -
     headings = ["size", "context", "steps × sequences", "tokens of each run", "compared", "not run"]
     notes = [
         "Losses are next-token cross-entropy in nats per token. Every arm of a size saw the same batches. Learning "
-        f"rates are those of that project for every arm; a size with {RATE} in its name is the same at another one. "
+        f"rates are those of that project for every arm; a size with {RATE} in its name is the same at another one, "
+        f"and one with {SEQUENCES_A_STEP} has the same tokens in steps of as many sequences. "
         "Where a size has one seed there is no interval, and another seed may turn a small difference around.",
     ]
     return ["## What was run", _table(headings, rows), *notes] if stored else [
@@ -244,17 +253,22 @@ def _times(entry: dict[str, Any] | None) -> str:
 
 def _goal(stored: Sequence[Stored]) -> str:
     size, goal = GOAL
-    one = next((found for found in stored if found.name == size), None)
     asked = (
         f"The goal: at {size}, an arm with experts at dense's final loss in at most {goal} of dense's training time. "
     )
-    entries = [one.entry("to_reach", arm, "dense", "seconds") for arm in ("moe", "moe-matched")] if one else []
-    if not any(entry and entry["runs"] for entry in entries):
-        return f"{asked}It was not measured."
+    told = []
+    for one in stored:
+        entries = [one.entry("to_reach", arm, "dense", "seconds") for arm in ("moe", "moe-matched")]
+        if one.base == size and any(entry and entry["runs"] for entry in entries):
+            told.append(_judged(entries, goal) + ("" if one.name == size else f" ({one.name})"))
+    return asked + ("; ".join(told) + "." if told else "It was not measured.")
+
+
+def _judged(entries: Sequence[dict[str, Any] | None], goal: float) -> str:
     best = min((e for e in entries if e and e["ratio"] is not None), key=lambda e: e["ratio"], default=None)
     if best is None:
-        return f"{asked}**Missed**: none was there at the end of its run."
-    return f"{asked}**{'Met' if best['ratio'] <= goal else 'Missed'}** by {best['arm']}, in {best['ratio']:.2f} of it."
+        return "**Missed**: none was there at the end of its run"
+    return f"**{'Met' if best['ratio'] <= goal else 'Missed'}** by {best['arm']}, in {best['ratio']:.2f} of it"
 
 
 def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
@@ -296,6 +310,29 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
     )
     headings = ["size", "arm", "seeds", "loss at each learning rate", "best", "its loss"]
     return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]
+
+
+def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
+    """Every arm where a step has more sequences, beside the same tokens in the steps of all sizes."""
+    larger = [one for one in stored if SEQUENCES_A_STEP in one.name.removeprefix(one.base)]
+    ones = [one for one in stored if one.name in {found.base for found in larger}]
+    rows = []
+    for one in [each for base in ones for each in (base, *(more for more in larger if more.base == base.name))]:
+        training = one.results["training"]
+        sequences = training["batch_size"] * training["accumulation"]
+        entries = [one.entry("comparisons", *pair, "tokens") for pair in (*PAIRS, ("dense-wide", "dense"))]
+        facts = [f"{training['steps']:,} × {sequences}", f"{training['learning_rate']:g}"]
+        rows.append([one.name, *facts, _fixed(one.mean("dense", "val_loss"), 4), *map(_verdict, entries)])
+    if not rows:
+        return []
+    text = (
+        "The same tokens in fewer, larger steps, at a learning rate larger by the root of the ratio. Of a step's "
+        "tokens an expert sees K of E, so that its gradients are noisier than a dense layer's: where experts lose in "
+        "small steps and not in large ones, that may be why. Differences of the loss at equal tokens."
+    )
+    pairs = [f"{arm} against {against}" for arm, against in (*PAIRS, ("dense-wide", "dense"))]
+    headings = ["size", "steps × sequences", "learning rate", "dense", *pairs]
+    return ["## In larger steps", text, _table(headings, rows)]
 
 
 # What the loss is worth in dense compute

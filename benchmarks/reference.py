@@ -28,7 +28,7 @@ from typing import Any
 
 import tyro
 from filelock import FileLock, Timeout
-from reading import RATE, WIKITEXT, write_page
+from reading import RATE, SEQUENCES_A_STEP, WIKITEXT, write_page
 from rich.console import Console
 
 from moelab.compare import Comparison, run_comparison
@@ -41,7 +41,6 @@ from moelab.training import load, train
 from moelab.training.checkpoint import has_checkpoint
 from moelab.training.loop import Interrupted, finished_summary, write_aside
 
-SEQUENCES = 8  # of a step, of every arm: the starting point's MoE batch
 EVALUATIONS = 40  # along a run; a loss that was reached is read off between two of them
 ALL_ARMS = ("dense", "moe", "dense-wide", "moe-matched")
 
@@ -57,6 +56,8 @@ class Size:
     """The preset's own when not given."""
     learning_rate: float | None = None
     """At its peak; it ends at the preset's share of it. The preset's own when not given."""
+    sequences: int = 8
+    """Of a step, of every arm: 8 is the starting point's MoE batch. More make fewer steps, of as many tokens in all."""
 
 
 SIZES = {
@@ -70,9 +71,11 @@ SIZES = {
     # The starting point's learning rate was tuned for no arm: all of them at others too, where that is cheap.
     **{
         f"{name}{RATE}{rate}": Size(name, learning_rate=float(rate))
-        for name, rates in (("5m", ("1e-3", "3e-3")), ("40m", ("1e-3", "3e-3")), ("124m", ("1e-3",)))
+        for name, rates in (("5m", ("1e-3", "3e-3")), ("40m", ("1e-3", "3e-3")), ("124m", ("1e-4", "1e-3")))
         for rate in rates
     },
+    # And larger steps, with the learning rate up by the root of the ratio: an expert sees a quarter of a step's tokens.
+    f"124m{SEQUENCES_A_STEP}32": Size("124m", sequences=32, learning_rate=6e-4),
 }
 TRIAL = {"smoke": Size("smoke", seeds=2)}  # the same on a small scale, to see that all of it works
 
@@ -101,7 +104,7 @@ class Reference:
     budgets: str = "tokens"
     """tokens, and flops and seconds for runs that end at equal FLOPs and time, once all others of a size are there."""
     steps: int = 5_000
-    """Optimizer steps of a run."""
+    """Optimizer steps of a run of 8 sequences a step; fewer where a step has more, for as many tokens."""
     minutes: float | None = None
     """Stop training after so many minutes. The checkpoint of the run under way and the reports are written then."""
     device: str = "auto"
@@ -169,19 +172,20 @@ def chosen(words: str, known: Iterable[str], setting: str) -> list[str]:
 
 
 def comparison(size: Size, settings: Reference, data: DataConfig) -> Comparison:
-    """The plan of a size: the starting point's settings, 8 sequences a step for every arm."""
+    """The plan of a size: the starting point's settings, the same sequences for every arm."""
     base = preset(size.preset)
+    steps = settings.steps * Size.sequences // size.sequences
     rate = size.learning_rate or base.training.learning_rate
     training = replace(
         base.training,
         learning_rate=rate,
         min_learning_rate=rate * base.training.min_learning_rate / base.training.learning_rate,
-        steps=settings.steps,
-        warmup_steps=min(base.training.warmup_steps, settings.steps // 10),
-        batch_size=SEQUENCES,
+        steps=steps,
+        warmup_steps=min(base.training.warmup_steps, steps // 10),
+        batch_size=size.sequences,
         accumulation=1,
-        evaluation_interval=max(10, settings.steps // EVALUATIONS),
-        checkpoint_interval=settings.steps,  # and where it is stopped: 21 GB each, of the 350M MoE
+        evaluation_interval=max(10, steps // EVALUATIONS),
+        checkpoint_interval=steps,  # and where it is stopped: 21 GB each, of the 350M MoE
         device=settings.device,
     )
     return Comparison(

@@ -200,3 +200,25 @@ def test_arms_are_compared_at_the_best_of_their_learning_rates(tmp_path: Path) -
     assert f"At 5m, each at its best, moe is {dense - moe:.3f} below dense (one seed)." in text
     assert "At 40m" not in text
     assert "fitted to 8 runs" in text
+
+
+def test_larger_steps_stand_beside_those_of_all_sizes(tmp_path: Path) -> None:
+    """And have no part in a fit, nor among the learning rates; the goal is judged at them too."""
+    sizes = {size: stored(size, 1.3) for size in FLOPS}
+    reached = {"ci95": None, "runs": 1, "reached": 1, "spent": None}
+    for name, difference, ratio in (("124m", 0.132, 1.2), ("124m-b32", -0.05, 0.6)):
+        differs = entry("moe", "tokens", difference=difference, ci95=None, interpolated=False)
+        soon = entry("moe", "seconds", ratio=ratio, **reached)
+        sizes[name] = stored("124m", 1.3, comparisons=[differs], to_reach=[soon])
+    sizes["124m-b32"]["training"] |= {"steps": 1250, "batch_size": 32, "learning_rate": 6e-4}
+    for name, results in sizes.items():
+        (tmp_path / name).mkdir()
+        write_aside(tmp_path / name / "results.json", json.dumps(results))
+    text = write_page(tmp_path, {name: Comparison(preset=name.partition("-")[0]) for name in sizes}).read_text()
+    dense = f"{law(FLOPS['124m'] * TOKENS):.4f}"
+    rest = "not measured | not measured | not measured |"
+    assert f"| 124m | 5,000 × 8 | 0.0003 | {dense} | **higher**, +0.132 | {rest}" in text
+    assert f"| 124m-b32 | 1,250 × 32 | 0.0006 | {dense} | **lower**, −0.050 | {rest}" in text
+    assert "**Missed** by moe, in 1.20 of it; **Met** by moe, in 0.60 of it (124m-b32)." in text
+    assert "fitted to 8 runs" in text
+    assert "## At other learning rates" not in text

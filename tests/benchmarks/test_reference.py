@@ -111,6 +111,13 @@ def test_another_learning_rate_ends_at_the_same_share_of_it() -> None:
     assert (other.learning_rate, other.min_learning_rate) == (pytest.approx(3e-3), pytest.approx(3e-4))
 
 
+def test_larger_steps_see_the_same_tokens_in_the_same_shape_of_schedule() -> None:
+    base, larger = (comparison(SIZES[name], Reference(), DataConfig()).training for name in ("124m", "124m-b32"))
+    assert (larger.batch_size, larger.steps, larger.learning_rate) == (32, 1_250, 6e-4)
+    for setting in ("steps", "warmup_steps", "evaluation_interval", "checkpoint_interval"):
+        assert getattr(larger, setting) * 32 == pytest.approx(getattr(base, setting) * 8, rel=0.01), setting
+
+
 def test_what_is_finished_of_all_arms_is_compared(tmp_path: Path) -> None:
     planned = Comparison(arms=("dense", "moe", "dense-wide"), seeds=3, training=TrainingConfig(steps=4))
 
