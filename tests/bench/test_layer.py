@@ -43,6 +43,12 @@ def test_every_usable_backend_and_the_twin_have_a_time_at_every_width() -> None:
     assert results["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+def test_one_expert_a_token_is_timed_though_its_router_has_no_gradient(experts: int) -> None:
+    rows = bench_layer(replace(SMALL, widths=(16,), experts=experts, top_k=1, backends=("grouped_mm",)))["rows"]
+    assert [row["backend"] for row in rows if "wall_ms" in row] == ["dense twin", "grouped_mm"]
+
+
 def test_on_a_cpu_what_was_not_given_is_small_and_said() -> None:
     said: list[str] = []
     results = bench_layer(LayerBench(tokens=9, rounds=1, device="cpu", backends=("reference",)), said.append)

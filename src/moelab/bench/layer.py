@@ -61,7 +61,8 @@ class LayerBench:
     bias: bool = False
     """Biases of the experts, and of the twin."""
     routing: str = "router"
-    """Who gets the tokens: what a random router says, zipf:S (expert e in proportion to 1 / (e + 1)^S), or one-hot."""
+    """Who gets the tokens: what a random router says, zipf:S (expert e in proportion to 1 / (e + 1)^S; zipf:0 is the
+    even one that skews are to be set beside), or one-hot."""
     precision: Precision = "auto"
     """Arithmetic of the products."""
     backends: tuple[str, ...] = ()
@@ -240,7 +241,7 @@ def _width(
             continue
         layer.indices_TK = indices
         right_rows = {n: expected[n] if order is None else expected[n][:, order] for n in GATED if n in expected}
-        errors = [(found[n].double() - t).norm() / t.norm() for n, t in (expected | right_rows).items()]
+        errors = [_apart(found[n].double(), t) for n, t in (expected | right_rows).items()]
         row["error"] = torch.stack(errors).max().item()  # unlike Python's, NaN where one is
         if not row["error"] <= TOLERANCE[dtype]:
             row["reason"] = f"wrong by {row['error']:.2g} relative to float64, more than {TOLERANCE[dtype]:g}"
@@ -255,6 +256,12 @@ def _width(
             counted, base = (t["busy_ms"] or t["wall_ms"] or math.nan for t in (times, timed[TWIN]))
             row |= times | {"tflops": flops / counted / 1e9, "ratio": counted / base}
     return rows
+
+
+def _apart(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The relative error; the absolute one of what is to be zero, as a router's gradient with K = 1 is."""
+    apart, size = torch.linalg.vector_norm(found - right), torch.linalg.vector_norm(right)
+    return torch.where(size > 0, apart / size, apart)
 
 
 def _laid_down(settings: LayerBench, tokens: int, generator: torch.Generator) -> torch.Tensor | None:
