@@ -10,7 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moelab.config import UsageError
-from moelab.experts import check_backend, expert_mlp, mlp, reference, self_check
+from moelab.experts import check_backend, cuda, expert_mlp, mlp, reference, self_check, triton
+from moelab.experts.choice import Shape
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,35 @@ def test_auto_passes_over_a_backend_that_is_wrong_and_asking_for_it_is_refused(m
     x, w = torch.ones(3, 4), torch.ones(1, 4, 4)
     y = expert_mlp(x, torch.ones(3, 1), torch.zeros(3, 1, dtype=torch.int64), w, w, activation="relu2")
     assert torch.equal(y, torch.full((3, 4), 64.0))  # (1·4)² times 4, which the wrong one doubles
+
+
+def test_auto_says_so_where_no_backend_can_compute_such_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in mlp.BACKENDS:
+        monkeypatch.setitem(mlp.BACKENDS, name, changed(lambda y: 2 * y))
+    with pytest.raises(UsageError, match=r"backend = auto: none of .*reference computes such experts here"):
+        mlp.choose_backend("auto", CPU, torch.float32, "gelu", bias=True, shape=Shape(8, 16, 4, 2))
+
+
+@pytest.mark.parametrize("backend", [cuda, triton])
+def test_kernels_are_tried_with_rows_of_whole_16_bytes_in_16_bits(backend: ModuleType) -> None:
+    (trial,) = [trial for trial in backend.TRIALS if trial.width % 8 == trial.hidden % 8 == 0]
+    assert not trial.fp32
+    if backend is triton:
+        tiles = [triton.tile_of(name, torch.bfloat16, trial.width, trial.hidden, "gelu") for name in ("up", "slope")]
+        assert all(trial.hidden % tile.columns == 0 and trial.width % tile.depth == 0 for tile in tiles)
+
+
+def test_a_trial_in_16_bits_alone_finds_what_is_wrong_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def change(y: torch.Tensor) -> torch.Tensor:
+        seen.append((y.dtype, y.shape[1]))
+        return y if y.shape[1] == 20 else -y
+
+    made = changed(change)
+    made.TRIALS = (self_check.SMALL, self_check.ALIGNED)  # type: ignore[attr-defined]
+    assert "a trial call in bfloat16 gave a wrong output" in str(self_check.failure(made, CPU))
+    assert seen == [(torch.float32, 20), (torch.bfloat16, 20), (torch.bfloat16, 128)]
 
 
 def test_trying_a_backend_leaves_the_random_state_and_the_gradient_mode_alone() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moelab.config import UsageError
 from moelab.experts import triton as backend
+from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
 from moelab.model import fused_router, head
 from moelab.training import optimizer
@@ -89,10 +92,26 @@ def compiler(capability: int, names: list[str]) -> Callable[..., None]:
     return launch
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)], ids=str)
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@given(slots=st.integers(0, backend.MOST_SLOTS), rows=st.sampled_from([1024, 4096, 10240, 1 << 30]))
+def test_no_grid_is_wider_than_a_gpu_takes(slots: int, rows: int) -> None:
+    chunk = backend._chunk(rows, slots)
+    assert chunk % rows == 0
+    assert backend._tiles(slots, backend.MOST_EXPERTS, chunk) <= 65_535
+    assert chunk == rows or slots > rows << 15
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "activation"),
+    [
+        (torch.bfloat16, 256, "gelu"),
+        pytest.param(torch.float32, 256, "gelu", marks=pytest.mark.long),
+        pytest.param(torch.float16, 512, "swiglu", marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("capability", [80, 90, 100, pytest.param(120, marks=pytest.mark.long)])
 def test_every_kernel_compiles(
-    capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capability: int, dtype: torch.dtype, width: int, activation: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed: pip install triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -102,23 +121,25 @@ def test_every_kernel_compiles(
     monkeypatch.setattr(jit.JITFunction, "run", compiler(capability, compiled))
     monkeypatch.setattr(backend, "_pairs", lambda _: capability < 100)
     if capability >= 90:
-        mapped = {name: {1 << 30: tiles[256]._replace(maps=True)} for name, tiles in backend.TILES.items()}
+        most = 256 if width <= 256 else 1 << 30
+        mapped = {name: {1 << 30: tiles[most]._replace(maps=True)} for name, tiles in backend.TILES.items()}
         monkeypatch.setattr(backend, "TILES", mapped)
-    tokens, width, hidden, experts, top_k = 512, 256, 512, 8, 2
+    tokens, hidden, experts, top_k = 512, 512, 8, 2
+    inner = inner_size(activation, hidden)  # type: ignore[arg-type]
     x = torch.zeros(tokens, width, dtype=dtype)
     weights, indices = torch.zeros(tokens, top_k), torch.zeros(tokens, top_k, dtype=torch.int64)
-    w_in, w_out = x.new_zeros(experts, hidden, width), x.new_zeros(experts, width, hidden)
-    b_in, b_out = x.new_zeros(experts, hidden), x.new_zeros(experts, width)
-    _, z, *routing = torch.ops.moelab.fused_experts(x, weights, indices, w_in, w_out, b_in, b_out, "gelu")
+    w_in, w_out = x.new_zeros(experts, inner, width), x.new_zeros(experts, width, hidden)
+    b_in, b_out = x.new_zeros(experts, inner), x.new_zeros(experts, width)
+    _, z, *routing = torch.ops.moelab.fused_experts(x, weights, indices, w_in, w_out, b_in, b_out, activation)
     torch.ops.moelab.fused_experts_backward(
-        x, x, weights, indices, w_in, w_out, b_in, b_out, z, *routing, "gelu"
+        x, x, weights, indices, w_in, w_out, b_in, b_out, z, *routing, activation
     )  # fmt: skip
     router, logits = torch.zeros(experts, width), torch.zeros(tokens, experts)
     torch.ops.moelab.route(x, router, None, top_k, "softmax", "chosen")
     fused_router._route_backward(x, weights, logits, x, router, indices, logits, "softmax", "chosen")
     head.softmax_kernel(x.new_zeros(2, 50_304), indices[:2, 0].contiguous())
     torch.ops.moelab.activation_backward(x, x, "gelu")
-    torch.ops.moelab.heads_backward(*x.view(2, 4, 64, 256).expand(3, -1, -1, -1, -1))
+    torch.ops.moelab.heads_backward(*x.view(2, 4, 64, width).expand(3, -1, -1, -1, -1))
     torch.ops.moelab.norm_backward(x, x, x, x[0].float(), True)
     p, one = torch.nn.Parameter(torch.zeros(100)), torch.ones(())
     p.grad = torch.zeros(100)

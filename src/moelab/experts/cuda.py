@@ -26,12 +26,14 @@ from moelab.config import Activation, UsageError
 from moelab.experts import nvrtc, products, requirements
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
+from moelab.experts.self_check import ALIGNED, SMALL
 
 DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32"}
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "silu", "swiglu")  # by the numbers that rows.cu knows them by
 assert set(ACTIVATIONS) == set(get_args(Activation))
 MOST_EXPERTS = 3000  # counters of one warp in the shared memory that a block has without asking
 SHARED = 47 * 1024  # bytes; of 48 KiB, clusters keep one
+TRIALS = (SMALL, ALIGNED)
 WARPS, TALL = 8, 256  # of a block, and rows of a part, in rows.cu
 
 
@@ -99,7 +101,9 @@ def route(launch: nvrtc.Launch, indices_TK: torch.Tensor, experts: int) -> Routi
     """Stable counting sort of the slots (t, k), in that order, by expert; indices int64, contiguous."""
     slots = indices_TK.numel()
     if slots >= 2**31:
-        raise UsageError(f"slots = {slots}: the backend cuda numbers fewer than 2³¹; give fewer tokens a step")
+        raise UsageError(
+            f"slots = {slots}: the backends cuda and hopper number fewer than 2³¹; give fewer tokens a step"
+        )
     row_of_slot = indices_TK.new_empty(slots, dtype=torch.int32)
     slot_of_row = torch.empty_like(row_of_slot)
     offsets = indices_TK.new_empty(experts, dtype=torch.int32)

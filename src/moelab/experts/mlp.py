@@ -166,7 +166,7 @@ def choose_backend(
 ) -> Choice:
     """The backend that computes such experts on a device: `name`, or for "auto" the first of `choice.order` that can.
 
-    Raises `UsageError` where `check_backend` does.
+    Raises `UsageError` where `check_backend` does, and where none can.
     """
     check_backend(name, device, dtype, activation, bias, deterministic, shape)
     if name != "auto":
@@ -178,6 +178,8 @@ def choose_backend(
         if refused is None and availability(known, device).usable:
             break
         passed.append(known)
+    else:
+        raise UsageError(f"backend = auto: none of {', '.join(passed)} computes such experts here; see moelab info")
     over = f"; passed over, see moelab info: {', '.join(passed)}" if passed else ""
     return Choice(known, f"backend = auto: {known}, {order.basis}{over}")
 

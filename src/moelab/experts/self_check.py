@@ -55,10 +55,13 @@ class Trial(NamedTuple):
     hidden: int
     experts: int
     activation: Activation = "gelu"
+    fp32: bool = True
+    """In fp32 too, and not in 16 bits alone."""
 
 
 # Rows are no multiple of 16 bytes. A backend that does not take this, or whose kernels differ, has `TRIALS` of its own.
 SMALL = Trial(40, 20, 36, 5)
+ALIGNED = Trial(40, 128, 256, 3, fp32=False)  # rows that 16-byte accesses and whole tiles are for
 Answer = TypeVar("Answer")
 
 
@@ -158,7 +161,7 @@ def _wrong(backend: ModuleType, device: torch.device) -> str | None:
     """`failure` in this process. Raises `TrialFailed`."""
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     for trial in getattr(backend, "TRIALS", (SMALL,)):
-        for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16):
+        for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16)[not trial.fp32 :]:
             bias = refusal(backend, dtype, trial.activation, bias=True) is None
             if not bias and refusal(backend, dtype, trial.activation, bias=False) is not None:
                 continue
@@ -181,7 +184,7 @@ def _results(
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of one call, as float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    tokens, width, hidden, experts, activation = trial
+    tokens, width, hidden, experts, activation, _ = trial
     inner = inner_size(activation, hidden)
     shapes = {
         "x": (tokens, width),

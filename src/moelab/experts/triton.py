@@ -23,11 +23,13 @@ import torch
 from moelab.config import Activation, UsageError
 from moelab.experts import requirements
 from moelab.experts.choice import Shape
+from moelab.experts.self_check import ALIGNED, SMALL
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECOMPUTES = True  # of the rows keeps z alone for the backward pass
 BLOCKS, COUNTS = 128, 2**17  # programs of the sort, and counts in all of them, at most: a tile that compiles in seconds
 MOST_EXPERTS = 2**13 - 1  # and a bin of dropped slots
+TRIALS = (SMALL, ALIGNED)
 MOST_SLOTS = 2**31 - 2**15  # places in the sort are int32, rounded up to whole steps of its programs
 
 
@@ -141,13 +143,14 @@ def fused_experts_backward(
     del h
     d_b_out = x.new_empty(0)
     if b_out is not None:
-        chunks = _tiles(slots, experts, BIAS_CHUNK)
+        chunk = _chunk(BIAS_CHUNK, slots)
+        chunks = _tiles(slots, experts, chunk)
         parts = torch.empty(chunks, width, dtype=torch.float32, device=x.device)
         kernels.bias_parts[(-(-width // 64), chunks)](
             dy, slot_of_row, weights, offsets, parts, width, TOP_K=top_k, EXPERTS=experts,
-            EXPERTS_2=power_of_2(experts), LONGEST=BIAS_CHUNK, STEP=64, COLUMNS=64,
+            EXPERTS_2=power_of_2(experts), LONGEST=chunk, STEP=64, COLUMNS=64,
         )  # fmt: skip
-        d_b_out = _sum_bias_parts(parts, offsets, BIAS_CHUNK, b_out)
+        d_b_out = _sum_bias_parts(parts, offsets, chunk, b_out)
     d_b_in = _sum_bias_parts(bias_parts, offsets, tile.rows, b_in) if b_in is not None else x.new_empty(0)
     d_rows = x.new_empty(slots, width)
     _product("back", dz, w_in, width, offsets, out=d_rows)
@@ -246,6 +249,11 @@ def tile_of(product: str, dtype: torch.dtype, width: int, hidden: int, activatio
 
 def _side(size: int) -> int:
     return max(16, power_of_2(size))
+
+
+def _chunk(rows: int, slots: int) -> int:
+    """Rows of a sum: `rows`, or a multiple where that would be more chunks than a grid is wide (65,535)."""
+    return rows * max(1, -(-slots // (rows << 15)))
 
 
 def _tiles(slots: int, experts: int, rows: int) -> int:
@@ -370,8 +378,9 @@ def _weight_gradient(
     dw, slots = torch.empty_like(w), len(slot_of_row)
     width, hidden = (inside, outside) if name == "in" else (outside, inside)
     tile = tile_of(name, w.dtype, width, hidden)
-    chunks = _tiles(slots, experts, tile.chunk)
-    several = 0 if slots <= tile.chunk else min(chunks, 2 * slots // tile.chunk)
+    chunk = _chunk(tile.chunk, slots)
+    chunks = _tiles(slots, experts, chunk)
+    several = 0 if slots <= chunk else min(chunks, 2 * slots // chunk)
     parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
     shared = {"EXPERTS": experts, "EXPERTS_2": power_of_2(experts)}
     whole = outside % tile.rows == 0 and inside % tile.columns == 0
@@ -384,13 +393,13 @@ def _weight_gradient(
         else:
             x_map = TensorDescriptor.from_tensor(x, [tile.depth, tile.columns])
     kernels.weight_gradient[(-(-outside // tile.rows) * -(-inside // tile.columns), chunks)](
-        dy, x, slot_of_row, offsets, dw, parts, outside, inside, tile.chunk, dy_map, x_map,
+        dy, x, slot_of_row, offsets, dw, parts, outside, inside, chunk, dy_map, x_map,
         GATHER_DY=name == "out", GATHER_X=name == "in", TOP_K=top_k, **shared, **_arithmetic(w.dtype),
         WHOLE=whole, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         **_compiled(tile, w.dtype, w.device, tile.rows + tile.columns, loads=2),
     )  # fmt: skip
     size = outside * inside
-    kernels.sum_parts[(-(-size // 4096), experts)](parts, offsets, dw, size, tile.chunk, **shared, BLOCK=4096)
+    kernels.sum_parts[(-(-size // 4096), experts)](parts, offsets, dw, size, chunk, **shared, BLOCK=4096)
     return dw
 
 

@@ -51,16 +51,21 @@ def _tried(device: torch.device) -> bool:
 
 
 def _answers(device: torch.device) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(s, generator=generator, device="cpu") for s in ((70, 24), (5, 24)))
-    x = x.to(device).requires_grad_()
-    w = w.to(device).requires_grad_()
     try:
-        _, weights, indices, logits = route(x, w, None, 2, "softmax", "chosen")
-        found = torch.autograd.grad(weights.square().sum() + logits.sin().sum(), [x, w])
+        return _agrees(torch.float32, 24, device) and _agrees(torch.float16, 256, device)
     except Exception:  # whatever it is, the router can do without
         return False
-    right_logits = x @ w.T
+
+
+def _agrees(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+    """Whether a call with x of a dtype gives what PyTorch gives."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=generator, device="cpu") for s in ((70, width), (5, width)))
+    x = x.to(device, dtype).requires_grad_()
+    w = w.to(device).requires_grad_()
+    _, weights, indices, logits = route(x, w, None, 2, "softmax", "chosen")
+    found = torch.autograd.grad(weights.square().sum() + logits.sin().sum(), [x, w])
+    right_logits = x.float() @ w.T
     right_weights = torch.softmax(right_logits.gather(1, indices), 1)
     right = torch.autograd.grad(right_weights.square().sum() + right_logits.sin().sum(), [x, w])
     best = torch.topk(right_logits, 2).indices
