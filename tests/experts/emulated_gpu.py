@@ -57,7 +57,8 @@ class EmulatedLaunch:
         assert not stuck, f"{name}: threads wait at a barrier that others never reach"
 
     def map(self, t: torch.Tensor, rows: int) -> Map:
-        """For `nvrtc.Launch.map`."""
+        """For `nvrtc.Launch.map`; the accelerator takes multiples of 16 bytes alone."""
+        assert t.data_ptr() % 16 == 0
         return Map(t.data_ptr(), t.shape[1], t.shape[0], rows)
 
     @contextlib.contextmanager

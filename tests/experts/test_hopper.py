@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -157,6 +158,37 @@ def test_gradients_of_fp32_matrices_are_not_rounded(emulated: EmulatedLaunch, mo
         assert one.dtype == other.dtype == torch.float32
         assert torch.equal(one.bfloat16().float(), other)
         assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_the_operator_fits_its_fake_kernel_and_traces_into_one_graph(
+    activation: str, emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fp32 matrices and of such as begin between two multiples of 16 bytes."""
+    monkeypatch.setattr(nvrtc, "launches", emulated.launches)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        numbers = torch.randn(math.prod(shape) + 1, generator=generator) / 4
+        return numbers.to(dtype)[1:].view(shape).requires_grad_()  # from 2 or 4 bytes past a multiple of 16 on
+
+    inner = inner_size(activation, 128)  # type: ignore[arg-type]
+    x, weights = drawn(24, 128), drawn(24, 2, dtype=torch.float32)
+    indices = torch.arange(48).view(24, 2) % 3
+    for dtype in (torch.float32, torch.bfloat16):
+        matrices = drawn(3, inner, 128, dtype=dtype), drawn(3, 128, 128, dtype=dtype)
+        inputs = (x, weights, *matrices, drawn(3, inner), drawn(3, 128))
+        call = partial(hopper.expert_mlp, indices_TK=indices, activation=activation)  # type: ignore[arg-type]
+        names = ("x_TD", "weights_TK", "w_in", "w_out", "b_in", "b_out")
+        traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+        outcomes = []
+        for run in (call, traced):
+            y = run(**dict(zip(names, inputs, strict=True)))
+            outcomes.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+        for one, other in zip(*outcomes, strict=True):
+            assert torch.equal(one, other)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(hopper.hopper_experts, (*inputs[:2], indices, *inputs[2:], activation), test_utils=tests)
 
 
 @given(

@@ -113,8 +113,8 @@ def expert_mlp(
 ) -> torch.Tensor:
     """See `moelab.expert_mlp`; the inputs are already checked, the weights fp32, the biases of x's dtype."""
     y: torch.Tensor = torch.ops.moelab.hopper_experts(
-        _aligned(x_TD), weights_TK.contiguous(), indices_TK.long().contiguous(), _aligned(w_in), _aligned(w_out),
-        None if b_in is None else _aligned(b_in), None if b_out is None else b_out.contiguous(), activation,
+        x_TD.contiguous(), weights_TK.contiguous(), indices_TK.long().contiguous(), w_in.contiguous(),
+        w_out.contiguous(), *(None if b is None else b.contiguous() for b in (b_in, b_out)), activation,
     )[0]  # fmt: skip
     return y
 
@@ -122,7 +122,7 @@ def expert_mlp(
 def _aligned(t: torch.Tensor) -> torch.Tensor:
     """Contiguous, from a multiple of 16 bytes on."""
     t = t.contiguous()
-    return t if torch.compiler.is_compiling() or t.data_ptr() % 16 == 0 else t.clone()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 @functools.cache
@@ -283,6 +283,8 @@ def hopper_experts(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:  # fmt: skip
     """→ y (T, D), z (N, F), the routing, and w_in and w_out in x's dtype; empty where they are."""
+    x, w_in, w_out = (_aligned(t) for t in (x, w_in, w_out))
+    b_in = None if b_in is None else _aligned(b_in)
     with nvrtc.launches(x.device) as launch:
         routing = rows_backend.route(launch, indices, w_in.shape[0])
         kernels = Rows(launch, rows_backend._rows(x.dtype, activation), routing, indices)
@@ -317,7 +319,8 @@ def hopper_experts_backward(
 
     w_in and w_out are of x's dtype.
     """
-    dy = _aligned(dy)
+    dy, x, w_in, w_out = (_aligned(t) for t in (dy, x, w_in, w_out))
+    b_in = None if b_in is None else _aligned(b_in)
     with nvrtc.launches(dy.device) as launch:
         routing = Routing(row_of_slot, slot_of_row, offsets)
         kernels = Rows(launch, rows_backend._rows(dy.dtype, activation), routing, indices)
