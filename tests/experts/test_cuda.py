@@ -42,7 +42,15 @@ needs_nvrtc = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     "macros",
-    [("BFLOAT16", "gelu"), ("FLOAT16", "swiglu"), ("FLOAT32", "relu2"), ("BFLOAT16", "gelu_tanh"), ("FLOAT32", "silu")],
+    [
+        ("BFLOAT16", "gelu"),
+        ("FLOAT16", "swiglu"),
+        ("FLOAT32", "relu2"),
+        ("BFLOAT16", "gelu_tanh"),
+        ("FLOAT32", "silu"),
+        ("FLOAT32", "gelu"),
+        ("FLOAT16", "gelu"),
+    ],
     ids=" ".join,
 )
 def test_the_row_kernels_compile(arch: str, macros: tuple[str, str]) -> None:
@@ -94,7 +102,8 @@ def test_compiled_code_is_kept_and_what_was_damaged_is_compiled_again(home: Path
     assert list((home / "kernels").iterdir()) == [kept]
     nvrtc.Source("route.cu").cubin("sm_90")
     nvrtc.Source("route.cu", ("OTHER", 1)).cubin("sm_80")
-    assert len(list((home / "kernels").iterdir())) == 3
+    nvrtc.Source("route.cu", feature="a").cubin("sm_90")
+    assert len(list((home / "kernels").iterdir())) == 4
 
 
 @needs_nvrtc

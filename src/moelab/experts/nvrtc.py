@@ -73,6 +73,7 @@ class Source:
         feature: str = "", blocks: int | None = None,
     ) -> None:  # fmt: skip
         self.file, self.macros, self.headers, self.feature, self.blocks = file, macros, headers, feature, blocks
+        self._modules: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], Any] = {}
         self._cubins: dict[str, bytes] = {}  # for where nothing can be written
 
@@ -100,7 +101,8 @@ class Source:
 
         from moelab.config import moelab_home
 
-        facts = (self.text(), self.definitions(arch), arch, nvrtc.nvrtcVersion()[1:], version("cuda-core"))
+        versions = nvrtc.nvrtcVersion()[1:], version("cuda-core")
+        facts = (self.text(), self.definitions(arch), arch + self.feature, versions)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         path = moelab_home() / "kernels" / f"{Path(self.file).stem}-{arch}-{key}.cubin"
         kept = _read(path)
@@ -114,10 +116,11 @@ class Source:
         """A `cuda.core.Kernel`; it belongs to no context and serves every device of the architecture."""
         found = self._kernels.get((name, arch))
         if found is None:
-            from cuda.core import ObjectCode
+            if arch not in self._modules:
+                from cuda.core import ObjectCode
 
-            found = ObjectCode.from_cubin(self.cubin(arch), name=self.file).get_kernel(name)
-            self._kernels[name, arch] = found
+                self._modules[arch] = ObjectCode.from_cubin(self.cubin(arch), name=self.file)
+            found = self._kernels[name, arch] = self._modules[arch].get_kernel(name)
         return found
 
 
