@@ -244,6 +244,8 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int
     }
     if device.type == "cuda":
         facts |= {"cuda": torch.version.cuda, "triton": _version("triton"), "driver": _driver()}
+        packages = ("cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "megablocks", "stanford-stk")
+        facts |= {name.replace("-", "_"): found for name in packages if (found := _version(name)) is not None}
     return facts
 
 

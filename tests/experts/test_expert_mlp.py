@@ -218,8 +218,12 @@ def test_non_contiguous_inputs_and_expanded_gradients_change_nothing(
     p = within(problem_of(backend, 30, *SIZES), backend, dtype)
     straight = {n: t.to(device, dtype).requires_grad_() for n, t in p.tensors.items()}
     askew = {n: every_other(t.to(device, dtype)).requires_grad_() for n, t in p.tensors.items()}
-    for leaves in (straight, askew):
-        expert_mlp(**leaves, indices=p.indices.to(device), activation="gelu", backend=backend).sum().backward()
+    indices, outputs = p.indices.to(device), []
+    for leaves, places in ((straight, indices), (askew, indices.T.contiguous().T)):
+        y = expert_mlp(**leaves, indices=places, activation="gelu", backend=backend)
+        y.sum().backward()
+        outputs.append(y.detach())
+    assert distance(outputs[1], outputs[0].double().cpu()) <= TOLERANCE[dtype]
     for name in p.tensors:
         expected = straight[name].grad
         assert expected is not None

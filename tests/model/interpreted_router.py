@@ -75,6 +75,17 @@ def test_the_lower_expert_goes_first_between_equals_and_a_nan_stays_in_its_token
     assert weights.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_the_operators_fit_their_fake_kernels(scores: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(70, 40, generator=generator), torch.randn(6, 40, generator=generator)
+    bias = torch.randn(6, generator=generator)
+    weights, indices, logits = torch.ops.moelab.route(x, w, bias, 2, scores, "chosen")
+    torch.library.opcheck(torch.ops.moelab.route.default, (x, w, bias, 2, scores, "chosen"))
+    given = (x, weights, logits, x, w, indices, logits, scores, "chosen")
+    torch.library.opcheck(torch.ops.moelab.route_backward.default, given)
+
+
 def test_a_layer_traces_into_one_graph() -> None:
     config = ModelConfig(1, 1, 16, 8, moe=MoEConfig(4, 2, backend="triton"))
     assert config.moe is not None
