@@ -18,7 +18,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.cli import TrainFlags, main, of_given_batch, parse, run_config
+from moelab.cli import CompareFlags, TrainFlags, main, of_given_batch, parse, run_config
+from moelab.compare import Comparison
 from moelab.config import ModelConfig, MoEConfig, RunConfig, RunFailed, TrainingConfig, UsageError
 from moelab.device import available_memory
 from moelab.experts.choice import Choice
@@ -236,6 +237,28 @@ def test_every_option_that_a_refusal_names_can_be_typed_and_fits(free: float) ->
         typed = run_config(parse(TrainFlags, "train", words, base))
         split = split_step([typed], CUDA, torch.bfloat16, available)
         assert split.batch_size * split.accumulation == 32
+
+
+@pytest.mark.parametrize("free", [8, 15, 23.3])
+def test_every_option_that_a_comparison_is_refused_with_can_be_typed_and_fits_all_its_arms(free: float) -> None:
+    names, available = ("dense", "moe", "dense-wide"), int(free * GIB)
+    with pytest.raises(UsageError) as refused:
+        split_step([run_of("350m", arm) for arm in names], CUDA, torch.bfloat16, available)
+    options = str(refused.value).partition("what fits: ")[2].split(", or ")
+    assert ("--arms dense,moe-matched,dense-wide" in options) == (free > 15)
+    for option in options:
+        words = ["350m", *option.split()]
+        if option.startswith("the preset "):
+            words = [option.removeprefix("the preset ")]
+        chosen = PRESETS[words[0]]
+        base = CompareFlags(preset=words[0], model=chosen.model, moe=chosen.moe, training=chosen.training)
+        flags = parse(CompareFlags, "compare", words, base)
+        listed = Comparison(
+            preset=flags.preset, arms=tuple(flags.arms.split(",")), model=flags.model, moe=flags.moe,
+            training=flags.training,
+        )  # fmt: skip
+        runs = [run.config for run in listed.runs()]
+        assert split_step(runs, CUDA, torch.bfloat16, available).batch_size >= 1
 
 
 @given(available=st.integers(2 * GIB, 200 * GIB), arm=st.sampled_from(["dense", "moe", "dense-wide", "moe-matched"]))

@@ -211,7 +211,7 @@ def split_step(
     if not training.auto_batch:
         for run in runs:
             if not room.holds(run, SURELY):
-                raise UsageError(_refusal(run, run.training, room, resuming))
+                raise UsageError(_refusal(runs, run, run.training, room, resuming))
         return training
     most = training.batch_size if device.type == "cpu" else training.batch_size * training.accumulation
     splits = list(_splits(training, most))
@@ -221,7 +221,7 @@ def split_step(
     # The smallest need not take the least: only a step that is cut has a block's gradients beside those before.
     needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
     (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
-    raise UsageError(_refusal(run, split, room, resuming))
+    raise UsageError(_refusal(runs, run, split, room, resuming))
 
 
 def _with_its_backend(run: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
@@ -279,14 +279,16 @@ def split_in_words(training: TrainingConfig) -> str:
     return f"{training.accumulation} micro-batch{several} of {training.batch_size} sequence{sequences}"
 
 
-def _refusal(run: RunConfig, split: TrainingConfig, room: _Room, resuming: bool) -> str:
-    """The line that says what was needed, and what fits."""
+def _refusal(
+    runs: Sequence[RunConfig], run: RunConfig, split: TrainingConfig, room: _Room, resuming: bool
+) -> str:  # fmt: skip
+    """The line that says what `run`, of `runs`, needs in that split, and what fits for all of them."""
     cut = _cut(run, split)
     needed = room.needs(cut)
-    settings = (_fitting(room, _settings(run, number, resuming)) for number in (1, 2, 3))
+    settings = (_fitting(room, _settings(runs, number, resuming)) for number in (1, 2, 3))
     found = next(filter(None, settings), [])
     if not resuming:
-        smaller, matched, presets = (_fitting(room, of(run)) for of in (_smaller_batches, _matched, _smaller_presets))
+        smaller, matched, presets = (_fitting(room, of(runs)) for of in (_smaller_batches, _matched, _smaller_presets))
         found = [*smaller[:1], *found, *matched, *presets[:1]]
     last = (
         "another GPU, or to start anew with another --out" if resuming else "a smaller model, by --layers and --width"
@@ -299,31 +301,32 @@ def _refusal(run: RunConfig, split: TrainingConfig, room: _Room, resuming: bool)
     )
 
 
-# What a user may try instead, the nearest first: the words of the command line, and the run.
-Options = Iterator[tuple[str, RunConfig]]
+# What a user may try instead, the nearest first: the words of the command line, and the runs.
+Options = Iterator[tuple[str, Sequence[RunConfig]]]
 
 
 def _fitting(room: _Room, options: Options) -> list[str]:
-    """The words of those for which some micro-batch of the step fits."""
+    """The words of those for which some micro-batch of the step fits in all runs."""
     found = []
-    for words, run in options:
-        training = run.training
+    for words, runs in options:
+        training = runs[0].training
         splits = _splits(training, training.batch_size * training.accumulation) if training.auto_batch else [training]
-        if any(room.holds(replace(run, training=split)) for split in splits):
+        if any(all(room.holds(_cut(run, split)) for run in runs) for split in splits):
             found.append(words)
     return found
 
 
-def _smaller_batches(run: RunConfig) -> Options:
-    """The same step in smaller micro-batches, of a run whose own was given."""
-    if not run.training.auto_batch:
-        for split in itertools.islice(_splits(run.training, run.training.batch_size), 1, None):
+def _smaller_batches(runs: Sequence[RunConfig]) -> Options:
+    """The same step in smaller micro-batches, of runs whose own was given."""
+    training = runs[0].training
+    if not training.auto_batch:
+        for split in itertools.islice(_splits(training, training.batch_size), 1, None):
             words = f"--batch-size {split.batch_size} --accumulation {split.accumulation}"
-            yield words, replace(run, training=split)
+            yield words, [_cut(run, split) for run in runs]
 
 
-def _settings(run: RunConfig, number: int, resuming: bool) -> Options:
-    """Settings of training, `number` of them together; of a run that goes on those that may change."""
+def _settings(runs: Sequence[RunConfig], number: int, resuming: bool) -> Options:
+    """Settings of training, `number` of them together; of runs that go on those that may change."""
     known: list[tuple[str, dict[str, Any]]] = [
         ("--checkpoint-activations", {"checkpoint_activations": True}),
         ("--optimizer-state bf16", {"optimizer_state": "bf16"}),
@@ -335,23 +338,33 @@ def _settings(run: RunConfig, number: int, resuming: bool) -> Options:
         changed = {name: value for _, settings in chosen for name, value in settings.items()}
         if len(changed) == number:  # not two states
             with contextlib.suppress(UsageError):  # a beta2 that bf16 is too coarse for
-                training = replace(run.training, **changed)
-                yield " ".join(words for words, _ in chosen), replace(run, training=training)
+                made = [replace(run, training=replace(run.training, **changed)) for run in runs]
+                yield " ".join(words for words, _ in chosen), made
 
 
-def _matched(run: RunConfig) -> Options:
-    if run.arm == "moe" and run.model.moe is not None:
+def _matched(runs: Sequence[RunConfig]) -> Options:
+    """With moe-matched for moe: in `train` another --arm, in `compare` another list of --arms."""
+    arms = [run.arm for run in runs]
+    if "moe" in arms and all(arm in ARMS for arm in arms):
         with contextlib.suppress(UsageError):  # a top-k that does not divide the hidden size
-            model = arm_model("moe-matched", replace(run.model, moe=None), run.model.moe)
-            yield "--arm moe-matched", replace(run, model=model)
+            made = {}
+            for run in runs:
+                arm, moe = ("moe-matched" if run.arm == "moe" else run.arm), run.model.moe
+                if run.arm == "moe":
+                    assert moe is not None
+                    run = replace(run, arm=arm, model=arm_model(arm, replace(run.model, moe=None), moe))
+                made[arm] = run
+            yield f"--arm{'s' * (len(set(arms)) > 1)} {','.join(made)}", list(made.values())
 
 
-def _smaller_presets(run: RunConfig) -> Options:
+def _smaller_presets(runs: Sequence[RunConfig]) -> Options:
     names = list(PRESETS)
-    if run.preset in names and run.arm in ARMS:
-        for name in reversed(names[: names.index(run.preset)]):
-            model = arm_model(run.arm, PRESETS[name].model, PRESETS[name].moe)
-            yield f"the preset {name}", replace(run, model=replace(model, vocabulary=run.model.vocabulary))
+    if all(run.preset in names and run.arm in ARMS for run in runs):
+        for name in reversed(names[: names.index(runs[0].preset)]):
+            chosen = PRESETS[name]
+            made = [(run, arm_model(run.arm, chosen.model, chosen.moe)) for run in runs]
+            changed = [replace(run, model=replace(model, vocabulary=run.model.vocabulary)) for run, model in made]
+            yield f"the preset {name}", changed
 
 
 @contextlib.contextmanager
