@@ -89,9 +89,9 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware, as far as PyTorch says."""
-    ask = getattr(torch.cpu, "get_capabilities", None)  # absent before PyTorch 2.12
-    capabilities = ask() if ask else {}
+    """Whether the processor multiplies bf16 in hardware, as far as PyTorch says, or Linux before PyTorch 2.12."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = ask() if ask else dict.fromkeys((_cpu_fact("flags") or "").split(), True)
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
 
 
@@ -99,15 +99,19 @@ def device_name(device: torch.device) -> str:
     """What a report calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if device.type != "cpu":
+        return device.type
+    model = _cpu_fact("model name") or platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _cpu_model() -> str:
+def _cpu_fact(name: str) -> str | None:
+    """What Linux says of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from moelab.config import MoEConfig, RunConfig
+from moelab.device import cpu_has_bf16
 from moelab.experts import backend_of, choice, expert_mlp, mlp, reference, self_check
 from moelab.experts.choice import GPU_ORDER, ORDER, Shape
 from moelab.training import train
@@ -323,3 +324,11 @@ def test_the_script_refuses_to_mix_machines(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "two.json: device = two: other files have one" in done.stderr
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="PyTorch says nothing to compare with")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says it otherwise")
+def test_a_processor_has_bf16_units_whoever_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_pytorch = cpu_has_bf16()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as before 2.12
+    assert cpu_has_bf16() == by_pytorch
