@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,8 @@ def _how_soon(stored: Sequence[Stored]) -> list[str]:
         for arm, against in (*PAIRS, ("dense-wide", "dense")):
             entries = [one.entry("to_reach", arm, against, budget) for budget in BUDGETS]
             if any(entries):
-                rows.append([one.name, arm, against, *map(_ratio, entries), _times(entries[-1])])
+                spent = [_spent(entries[0], quantity), _spent(entries[-1], "{:,.1f}".format)]
+                rows.append([one.name, arm, against, *map(_ratio, entries), *spent])
     if not rows:
         return []
     text = (
@@ -235,7 +236,7 @@ def _how_soon(stored: Sequence[Stored]) -> list[str]:
         "for it: below 1, less was enough. It is read between two evaluations off a schedule that went on; one that "
         "ends there would need less."
     )
-    headings = ["size", "arm", "to the loss of", "tokens", "training FLOPs", "training time", "seconds"]
+    headings = ["size", "arm", "to the loss of", "tokens", "training FLOPs", "training time", "in tokens", "in seconds"]
     return ["## How soon the same loss", text, _table(headings, rows), _goal(stored)]
 
 
@@ -247,8 +248,8 @@ def _ratio(entry: dict[str, Any] | None) -> str:
     return f"{entry['ratio']:.2f} ×" + (" ({:.2f} to {:.2f})".format(*entry["ci95"]) if entry["ci95"] else "")
 
 
-def _times(entry: dict[str, Any] | None) -> str:
-    return "{:,.1f} against {:,.1f}".format(*entry["spent"]) if entry and entry["spent"] else DASH
+def _spent(entry: dict[str, Any] | None, form: Callable[[float], str]) -> str:
+    return "{} against {}".format(*map(form, entry["spent"])) if entry and entry["spent"] else DASH
 
 
 def _goal(stored: Sequence[Stored]) -> str:

@@ -180,6 +180,16 @@ def test_the_goal_is_judged_at_its_size(tmp_path: Path, ratio: float | None, sai
     assert said in text
 
 
+def test_what_was_spent_for_the_same_loss_is_said_in_tokens_and_seconds(tmp_path: Path) -> None:
+    known = {"ci95": None, "runs": 1, "reached": 1}
+    entries = [
+        entry("moe", "tokens", ratio=0.8, spent=[32_768_000, TOKENS], **known),
+        entry("moe", "seconds", ratio=1.1, spent=[66.0, 60.0], **known),
+    ]
+    text = page(tmp_path, {"5m": stored("5m", 1.0, to_reach=entries)})
+    assert "| 0.80 × | not measured | 1.10 × | 32.8 M against 41.0 M | 66.0 against 60.0 |" in text
+
+
 def test_arms_are_compared_at_the_best_of_their_learning_rates(tmp_path: Path) -> None:
     """And runs at other rates have no part in a fit."""
     sizes = {size: stored(size, 1.3) for size in FLOPS}
