@@ -322,9 +322,13 @@ def test_both_arms_see_identical_token_ids(tiny_run: MakeRun, tmp_path: Path) ->
     assert train(tiny_run("dense", seed=1), tmp_path / "other")["batches_sha256"] not in hashes
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_deterministic_run_gives_the_same_bits_twice(tiny_run: MakeRun, tmp_path: Path, precision: str) -> None:
-    run = tiny_run("moe", deterministic=True, precision=precision)
+def test_a_deterministic_run_gives_the_same_bits_twice(
+    tiny_run: MakeRun, tmp_path: Path, precision: str, device: str
+) -> None:
+    compiled = "on" if device == "cuda" else "off"
+    run = tiny_run("moe", deterministic=True, precision=precision, device=device, compile=compiled)
     train(run, tmp_path / "a")
     train(run, tmp_path / "b")
     left, right = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -333,7 +337,9 @@ def test_a_deterministic_run_gives_the_same_bits_twice(tiny_run: MakeRun, tmp_pa
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("arm", ["dense", "moe"])
-@pytest.mark.parametrize(("precision", "compiled"), [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "on")])
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "on"), ("fp16", "on")]
+)
 def test_every_precision_learns_on_a_gpu(
     tiny_run: MakeRun, tmp_path: Path, precision: str, compiled: str, arm: str
 ) -> None:

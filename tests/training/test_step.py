@@ -18,7 +18,7 @@ import torch
 from moelab.config import ModelConfig, MoEConfig, TrainingConfig, UsageError
 from moelab.model import GPT
 from moelab.presets import arm_model
-from moelab.training.batches import Batches
+from moelab.training.batches import Batches, prefetched
 from moelab.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from moelab.training.step import Step, check_capture
 
@@ -286,12 +286,12 @@ def test_a_captured_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(
 @pytest.mark.gpu
 @ARMS
 def test_a_replay_waits_for_nothing(arm: str, moe: MoEConfig | None) -> None:
-    step = on_gpu(arm, moe, capture="on", compile="off")
-    windows = [step.batches.windows(number).cuda() for number in range(5)]
+    """As training has it: compiled, captured, and with windows that travel beside."""
+    step = on_gpu(arm, moe, capture="on", compile="on")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for each in windows:
-            step(each)
+        for windows, _ in prefetched(step.batches, range(5), "", step.device):
+            step(windows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(step.window.read().losses) == 5

@@ -31,6 +31,17 @@ def test_a_profiled_run_leaves_a_timeline_of_its_steps_and_the_same_losses(tiny_
     assert profiled["val_loss"] == train(tiny_run(), tmp_path / "plain")["val_loss"]
 
 
+@pytest.mark.gpu
+def test_a_step_that_is_replayed_shows_its_kernels(tiny_run: MakeRun, tmp_path: Path) -> None:
+    train(tiny_run(device="cuda", compile="off", capture="on"), tmp_path / "run", profile=True)
+    with gzip.open(tmp_path / "run" / "trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    launches = [event for event in events if "GraphLaunch" in str(event.get("name"))]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    assert len(launches) == 5
+    assert len(kernels) > 5 * 20
+
+
 @pytest.mark.parametrize(
     ("steps", "line"),
     [
