@@ -1,4 +1,4 @@
-"""Timings of one layer, with every backend that gives right answers."""
+"""Timings of one layer with every backend that gives right answers, and of whole steps of training (`bench.step`)."""
 
 from moelab.bench.layer import LayerBench, bench_layer
 

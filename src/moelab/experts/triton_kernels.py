@@ -74,7 +74,7 @@ def _gelu(z, EXACT: tl.constexpr):
 
     EXACT: by erf. Otherwise log2 Φ(−|z|) is a polynomial of degree 5 in |z|, fitted for the error of both results: at
     most 1.1e-6 in z·Φ(z) and 2.4e-5 in its derivative, and 5e-5 of Φ(−|z|) itself for |z| ≤ 3. It falls for ever, so
-    that no argument is too large, and costs one exponential and 8 other instructions.
+    that no finite argument is too large, and costs one exponential and 8 other instructions.
     """
     if EXACT:
         phi = 0.5 * (1 + tl.math.erf(z * 0.7071067811865476))
