@@ -2,9 +2,9 @@
 
     python benchmarks/cold_start.py --preset 124m --arms dense,moe
 
-Two ways to compile are compared, each in processes of its own with a cache of its own: part by part, which is what
-training does (`GPT.compiled`), and the whole model. Seconds are counted from the start of the process, and told by what
-takes them; preparing the text is not in them.
+Each start is a process of its own. Seconds are counted from when Python has started, and told by what takes them;
+preparing the text is not in them. Where Python's packages lie without bytecode (PYTHONDONTWRITEBYTECODE) imports take
+more than twice as long: PYTHONPYCACHEPREFIX is for that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 import tyro  # noqa: E402
 
 from moelab.device import (  # noqa: E402
@@ -39,7 +38,6 @@ from moelab.presets import arm_model, preset  # noqa: E402
 from moelab.training.batches import Batches  # noqa: E402
 from moelab.training.step import Step  # noqa: E402
 
-WAYS = ("parts", "whole")
 PHASES = ("imports", "backend", "model", "prepare")
 
 
@@ -51,8 +49,6 @@ class Benchmark:
     """Size of the model."""
     arms: str = "dense,moe"
     """Arms, separated by commas."""
-    ways: str = ",".join(WAYS)
-    """Ways to compile, separated by commas: parts, whole."""
     batch_size: int | None = None
     """Sequences of one micro-batch; the preset's when not given."""
     accumulation: int | None = None
@@ -71,24 +67,15 @@ def main() -> None:
     device = resolve_device(settings.device)
     for fact, value in environment(device, compute_dtype("auto", device)).items():
         print(f"{fact.replace('_', ' '):<20}{value}")
-    print(
-        f"{settings.preset:<18}{'way':<8}{'start':<6}{'s':>7}",
-        *(f"{phase:>9}" for phase in PHASES),
-        "  ms a step     GiB",
-    )
+    print(f"{settings.preset:<18}{'start':<6}{'s':>7}", *(f"{phase:>9}" for phase in PHASES), "  ms a step     GiB")
     for arm in settings.arms.split(","):
-        for way in settings.ways.split(","):
-            with tempfile.TemporaryDirectory() as home:
-                for start in ("cold", "warm"):
-                    found = measured(replace(settings, arms=arm, ways=way), home)
-                    phases = (f"{found[phase]:9.1f}" for phase in PHASES)
-                    memory = f"{found['memory'] / 2**30:8.2f}" if found["memory"] else ""
-                    print(
-                        f"{arm:<18}{way:<8}{start:<6}{found['first']:7.1f}",
-                        *phases,
-                        f"{1e3 * found['step']:11.2f}{memory}",
-                        flush=True,
-                    )
+        with tempfile.TemporaryDirectory() as home:
+            for start in ("cold", "warm"):
+                found = measured(replace(settings, arms=arm), home)
+                phases = (f"{found[phase]:9.1f}" for phase in PHASES)
+                memory = f"{found['memory'] / 2**30:8.2f}" if found["memory"] else ""
+                figures = f"{1e3 * found['step']:11.2f}{memory}"
+                print(f"{arm:<18}{start:<6}{found['first']:7.1f}", *phases, figures, flush=True)
 
 
 def measured(settings: Benchmark, home: str) -> dict[str, float]:
@@ -118,14 +105,11 @@ def first_steps(settings: Benchmark) -> dict[str, float | None]:
         backend_of(config, device, dtype)
     moments.append(time.time())
     given = {name: getattr(settings, name) for name in ("batch_size", "accumulation") if getattr(settings, name)}
-    capture = "on" if device.type == "cuda" else "off"
-    training = replace(chosen.training, compile="on", capture=capture, **given)
+    training = replace(chosen.training, **given)
     vocabulary, context = chosen.model.vocabulary, chosen.model.context
     tokens = np.random.default_rng(0).integers(0, vocabulary - 64, 2_000_000, np.uint16)
     model = GPT(config, dtype).to(device)
     step = Step(model, training, Batches(tokens, context, training.batch_size, training.accumulation, seed=0))
-    if settings.ways == "whole":
-        step.forward = torch.compile(model)
     windows = step.batches.windows(0).to(device)
     moments.append(time.time())
     step.prepare(windows)
