@@ -159,9 +159,8 @@ def bench_step(
                 keep(results)
         results["stopped"] = False
     except KeyboardInterrupt:  # what was timed is not lost
-        rows[-1:] = (
-            [{**rows[-1], "reason": "stopped"}] if rows and not rows[-1].keys() & {"ms", "reason"} else rows[-1:]
-        )
+        if rows and not rows[-1].keys() & {"ms", "reason"}:
+            rows[-1]["reason"] = "stopped"
     return results
 
 
