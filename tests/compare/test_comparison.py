@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,3 +178,15 @@ def test_an_arm_that_the_memory_does_not_hold_is_refused_before_the_first_is_tra
     with pytest.raises(UsageError, match=r"memory = 0\.0 GiB free on cpu: smoke moe needs .*what fits: "):
         run_comparison(comparison, tmp_path)
     assert cuts(tmp_path) == {}
+
+
+def test_a_comparison_that_goes_on_is_refused_with_what_may_change(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not with a micro-batch or arms that the runs which are there do not have."""
+    without, comparison = tiny(story, arms=("dense", "dense-wide")), tiny(story, arms=("dense", "moe", "dense-wide"))
+    run_comparison(without, tmp_path)
+    monkeypatch.setattr(memory, "available_memory", lambda _: room_for(comparison, "moe", 1))
+    with pytest.raises(UsageError, match=r"smoke moe needs .*what fits: ") as refused:
+        run_comparison(comparison, tmp_path)
+    assert not re.search("--arm|--batch-size|--layers|--optimizer-state|preset", str(refused.value))

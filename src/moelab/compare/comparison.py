@@ -103,7 +103,8 @@ def _of_one_batch(comparison: Comparison, folder: Path, console: Console) -> Com
             replace(run, model=replace(run.model, vocabulary=vocabulary), training=cut_as(run.training, training))
             for run in left
         ]
-        training = cut_as(training, split_step(runs, device, compute_dtype(training.precision, device)))
+        dtype = compute_dtype(training.precision, device)
+        training = cut_as(training, split_step(runs, device, dtype, resuming=begun is not None))
     if comparison.training.auto_batch:
         console.print(f"every arm: {split_in_words(training)} a step", highlight=False, soft_wrap=True)
     return replace(comparison, training=training)
