@@ -31,6 +31,7 @@ RATE = "-lr"  # before a learning rate, in the name of a size at another one
 SEQUENCES_A_STEP = "-b"  # before a number of sequences, in the name of a size whose steps have as many
 ARMS = ("dense", "moe", "dense-wide", "moe-matched")  # in the order of the reports, which gives them their colours
 PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
+ALL_PAIRS = (*PAIRS, ("dense-wide", "dense"))  # and what size alone does
 BUDGETS = ("tokens", "flops", "seconds")
 GOAL = ("124m", 0.7)
 """Share of the dense arm's training time in which the MoE of that size is to be at its final loss."""
@@ -57,6 +58,12 @@ class Stored:
     @property
     def context(self) -> int:
         return int(next(iter(self.arms.values()))["model"]["context"])
+
+    @property
+    def sequences(self) -> int:
+        """Of a step."""
+        training = self.results["training"]
+        return int(training["batch_size"] * training["accumulation"])
 
     def mean(self, arm: str, figure: str) -> float | None:
         """Over the runs of equal tokens."""
@@ -118,13 +125,13 @@ def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -
         if one is None:
             rows.append([name, f"{plan.model.context:,}", DASH, DASH, DASH, missing])
             continue
-        training, arm = one.results["training"], next(iter(one.arms.values()))
+        arm = next(iter(one.arms.values()))
         seeds = len(one.results["seeds"])
         rows.append(
             [
                 f"[{name}]({name}/report.html)",
                 f"{one.context:,}",
-                f"{training['steps']:,} × {training['batch_size'] * training['accumulation']}",
+                f"{one.results['training']['steps']:,} × {one.sequences}",
                 f"{arm['runs'][0]['tokens']:,}",
                 f"{', '.join(one.arms)}; {seeds} seed{'s' * (seeds > 1)}",
                 missing,
@@ -224,7 +231,7 @@ def _verdict(entry: dict[str, Any] | None) -> str:
 def _how_soon(stored: Sequence[Stored]) -> list[str]:
     rows = []
     for one in stored:
-        for arm, against in (*PAIRS, ("dense-wide", "dense")):
+        for arm, against in ALL_PAIRS:
             entries = [one.entry("to_reach", arm, against, budget) for budget in BUDGETS]
             if any(entries):
                 spent = [_spent(entries[0], quantity), _spent(entries[-1], "{:,.1f}".format)]
@@ -315,15 +322,14 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
 
 def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
     """Every arm where a step has more sequences, beside the same tokens in the steps of all sizes."""
-    larger = [one for one in stored if SEQUENCES_A_STEP in one.name.removeprefix(one.base)]
-    ones = [one for one in stored if one.name in {found.base for found in larger}]
     rows = []
-    for one in [each for base in ones for each in (base, *(more for more in larger if more.base == base.name))]:
-        training = one.results["training"]
-        sequences = training["batch_size"] * training["accumulation"]
-        entries = [one.entry("comparisons", *pair, "tokens") for pair in (*PAIRS, ("dense-wide", "dense"))]
-        facts = [f"{training['steps']:,} × {sequences}", f"{training['learning_rate']:g}"]
-        rows.append([one.name, *facts, _fixed(one.mean("dense", "val_loss"), 4), *map(_verdict, entries)])
+    for base in (one for one in stored if one.name == one.base):
+        larger = [one for one in stored if one.base == base.name and one.sequences > base.sequences]
+        for one in [base, *larger] if larger else []:
+            training = one.results["training"]
+            facts = [f"{training['steps']:,} × {one.sequences}", f"{training['learning_rate']:g}"]
+            entries = [one.entry("comparisons", *pair, "tokens") for pair in ALL_PAIRS]
+            rows.append([one.name, *facts, _fixed(one.mean("dense", "val_loss"), 4), *map(_verdict, entries)])
     if not rows:
         return []
     text = (
@@ -331,7 +337,7 @@ def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
         "tokens an expert sees K of E, so that its gradients are noisier than a dense layer's: where experts lose in "
         "small steps and not in large ones, that may be why. Differences of the loss at equal tokens."
     )
-    pairs = [f"{arm} against {against}" for arm, against in (*PAIRS, ("dense-wide", "dense"))]
+    pairs = [f"{arm} against {against}" for arm, against in ALL_PAIRS]
     headings = ["size", "steps × sequences", "learning rate", "dense", *pairs]
     return ["## In larger steps", text, _table(headings, rows)]
 
