@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moelab.config import Precision, UsageError, moelab_home
+from moelab.config import Precision, UsageError, moelab_home, uncollected
 
 # Dense bf16 (or fp16) matrix peak in FLOP/s, without sparsity, from the vendors' data sheets. The first name that the
 # device's own name contains decides, so the longer names of one family come first.
@@ -213,14 +213,9 @@ def keep_compiled_code() -> None:
 
 
 def import_compiler() -> None:
-    """Imports what the first `torch.compile` would: some 1,500 modules, as in `moelab` without a look for garbage."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    """Imports what the first `torch.compile` would: some 1,500 modules."""
+    with uncollected():
         importlib.import_module("torch._inductor.compile_fx")
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def synchronize(device: torch.device) -> None:
