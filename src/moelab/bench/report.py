@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def print_layer(results: dict[str, Any], console: Console) -> None:
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     shown = None
-    for row in sorted(results["rows"], key=_width):
+    for row in sorted(results["rows"], key=itemgetter("width")):
         if "wall_ms" not in row:
             continue
         table.add_row(
@@ -78,11 +79,6 @@ def busier_than_their_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _width(row: dict[str, Any]) -> int:
-    width: int = row["width"]
-    return width
-
-
 def _number(value: float | None) -> str:
     if value is None:
         return DASH
@@ -93,7 +89,7 @@ def _number(value: float | None) -> str:
 
 def draw_layer(results: dict[str, Any], path: Path) -> None:
     """Time over the dense twin's, a group of bars each width; the twin is the line at 1."""
-    widths = sorted({_width(row) for row in results["rows"]})
+    widths = sorted({row["width"] for row in results["rows"]})
     names = list(dict.fromkeys(row["backend"] for row in results["rows"] if "ratio" in row))[1:]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(5, 0.6 + 0.24 * len(names) * len(widths)), 3.4), layout="constrained")

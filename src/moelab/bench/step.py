@@ -29,7 +29,6 @@ from moelab.device import (
     keep_freed_memory,
     peak_flops,
     peak_memory,
-    reset_peak_memory,
     resolve_device,
     synchronize,
 )
@@ -290,7 +289,6 @@ def _timed(
 ) -> tuple[list[float], float | None]:
     """Seconds of a step in each round, and the share of one in which no kernel ran; the rest goes to the row."""
     device = model.token_embedding.device
-    reset_peak_memory(device)
     begun = time.perf_counter()
     step = Step(model, training, batches)
     step.prepare(batches.windows(0).to(device))

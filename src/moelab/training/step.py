@@ -50,8 +50,8 @@ class Step:
     def __init__(self, model: GPT, config: TrainingConfig, batches: Batches) -> None:
         self.model, self.config, self.batches = model, config, batches
         self.device = model.token_embedding.device
-        self.compiled = config.compiles(self.device.type)
-        if self.compiled:
+        compiled = config.compiles(self.device.type)
+        if compiled:
             import_compiler()
             torch.compiler.reset()  # or the runs of a comparison would use up one limit of recompilations between them
         self.optimizer = make_optimizer(model, config)
@@ -66,7 +66,7 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.forward: Callable[..., Any] = model.compiled() if self.compiled else model
+        self.forward: Callable[..., Any] = model.compiled() if compiled else model
         self.graph: torch.cuda.CUDAGraph | None = None
         self.input = torch.empty(0)  # the windows of a captured step
 
