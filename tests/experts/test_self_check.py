@@ -90,7 +90,7 @@ def test_kernels_are_tried_with_rows_of_whole_16_bytes_in_16_bits(backend: Modul
         assert all(trial.hidden % tile.columns == 0 and trial.width % tile.depth == 0 for tile in tiles)
 
 
-def test_a_trial_in_16_bits_alone_finds_what_is_wrong_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_in_16_bits_alone_finds_what_is_wrong_there() -> None:
     seen = []
 
     def change(y: torch.Tensor) -> torch.Tensor:

@@ -160,8 +160,9 @@ class TrialFailed(RuntimeError):
 def _wrong(backend: ModuleType, device: torch.device) -> str | None:
     """`failure` in this process. Raises `TrialFailed`."""
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    half = torch.bfloat16 if has_bf16 else torch.float16
     for trial in getattr(backend, "TRIALS", (SMALL,)):
-        for dtype in (torch.float32, torch.bfloat16 if has_bf16 else torch.float16)[not trial.fp32 :]:
+        for dtype in (torch.float32, half) if trial.fp32 else (half,):
             bias = refusal(backend, dtype, trial.activation, bias=True) is None
             if not bias and refusal(backend, dtype, trial.activation, bias=False) is not None:
                 continue

@@ -347,24 +347,25 @@ def _matched(runs: Sequence[RunConfig]) -> Options:
     arms = [run.arm for run in runs]
     if "moe" in arms and all(arm in ARMS for arm in arms):
         with contextlib.suppress(UsageError):  # a top-k that does not divide the hidden size
-            made = {}
+            made = []
             for run in runs:
-                arm, moe = ("moe-matched" if run.arm == "moe" else run.arm), run.model.moe
-                if run.arm == "moe":
-                    assert moe is not None
-                    run = replace(run, arm=arm, model=arm_model(arm, replace(run.model, moe=None), moe))
-                made[arm] = run
-            yield f"--arm{'s' * (len(set(arms)) > 1)} {','.join(made)}", list(made.values())
+                if run.arm == "moe" and run.model.moe is not None:
+                    model = arm_model("moe-matched", replace(run.model, moe=None), run.model.moe)
+                    run = replace(run, arm="moe-matched", model=model)
+                made.append(run)
+            listed = ",".join(dict.fromkeys(run.arm for run in made))
+            yield f"--arm{'s' * (len(set(arms)) > 1)} {listed}", made
 
 
 def _smaller_presets(runs: Sequence[RunConfig]) -> Options:
     names = list(PRESETS)
     if all(run.preset in names and run.arm in ARMS for run in runs):
         for name in reversed(names[: names.index(runs[0].preset)]):
-            chosen = PRESETS[name]
-            made = [(run, arm_model(run.arm, chosen.model, chosen.moe)) for run in runs]
-            changed = [replace(run, model=replace(model, vocabulary=run.model.vocabulary)) for run, model in made]
-            yield f"the preset {name}", changed
+            made = []
+            for run in runs:
+                model = arm_model(run.arm, PRESETS[name].model, PRESETS[name].moe)
+                made.append(replace(run, model=replace(model, vocabulary=run.model.vocabulary)))
+            yield f"the preset {name}", made
 
 
 @contextlib.contextmanager
