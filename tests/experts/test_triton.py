@@ -120,10 +120,11 @@ def test_every_kernel_compiles(
     compiled: list[str] = []
     monkeypatch.setattr(jit.JITFunction, "run", compiler(capability, compiled))
     monkeypatch.setattr(backend, "_pairs", lambda _: capability < 100)
-    if capability >= 90:
-        most = 256 if width <= 256 else 1 << 30
-        mapped = {name: {1 << 30: tiles[most]._replace(maps=True)} for name, tiles in backend.TILES.items()}
-        monkeypatch.setattr(backend, "TILES", mapped)
+    mapped = {}
+    for name, tiles in backend.TILES.items():
+        tile = next(tiles[most] for most in sorted(tiles) if width <= most)
+        mapped[name] = {1 << 30: tile._replace(maps=capability >= 90)}
+    monkeypatch.setattr(backend, "TILES", mapped)
     tokens, hidden, experts, top_k = 512, 512, 8, 2
     inner = inner_size(activation, hidden)  # type: ignore[arg-type]
     x = torch.zeros(tokens, width, dtype=dtype)

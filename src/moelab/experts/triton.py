@@ -214,17 +214,19 @@ class Tile(NamedTuple):
     """Weight gradients: at most so many rows in a sum; longer ones are summed in parts, in their order."""
 
 
-# By product and largest width D: by the registers and shared memory that the compiler reports for sm_90, and by times
-# of the layer on one NVIDIA H200. `benchmarks/tiles.py`, which searches them, was not run yet.
+# By product and largest width D: the fastest of `benchmarks/tiles.py` on one NVIDIA H100 (docs/kernels.md).
 #   up: x W_inᵀ and the activation    down: h W_outᵀ    slope: dy W_out and the activation's backward    back: dz W_in
-#   in, out: the gradients of W_in and W_out
+#   in, out: the gradients of W_in and W_out; a sum without chunks is 1 to 8 % faster, but as long as an expert's rows
 TILES: dict[str, dict[int, Tile]] = {
-    "up": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 128, 64)},
-    "down": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 256, 64)},
-    "slope": {256: Tile(128, 128, 64, halves=True, registers=128), 1 << 30: Tile(128, 128, 64, halves=True)},
-    "back": {256: Tile(128, 128, 64), 1 << 30: Tile(128, 256, 64)},
-    "in": {256: Tile(128, 128, 64, chunk=4096), 1 << 30: Tile(128, 256, 64, chunk=10240)},
-    "out": {256: Tile(128, 128, 64, chunk=4096), 1 << 30: Tile(128, 256, 64, chunk=10240)},
+    "up": {768: Tile(128, 128, 64, maps=True), 1 << 30: Tile(128, 256, 64, stages=4, group=4)},
+    "down": {256: Tile(128, 256, 64, stages=4), 1 << 30: Tile(128, 256, 64, stages=4, maps=True)},
+    "slope": {1 << 30: Tile(128, 128, 64, halves=True, registers=128)},
+    "back": {256: Tile(128, 256, 64, stages=4), 1 << 30: Tile(128, 256, 64, stages=4, maps=True)},
+    "in": {
+        256: Tile(64, 128, 64, warps=4, stages=4, chunk=10240),
+        1 << 30: Tile(256, 128, 64, stages=4, maps=True, chunk=10240),
+    },
+    "out": {256: Tile(128, 128, 64, stages=4, chunk=10240), 1 << 30: Tile(128, 256, 64, maps=True, chunk=10240)},
 }
 WIDE = Tile(64, 64, 32, warps=4, chunk=4096)  # fp32, on the ordinary cores
 BIAS_CHUNK = 1024
