@@ -216,7 +216,7 @@ class Tile(NamedTuple):
 
 # By product and largest width D: the fastest of `benchmarks/tiles.py` on one NVIDIA H100 (docs/kernels.md).
 #   up: x W_inᵀ and the activation    down: h W_outᵀ    slope: dy W_out and the activation's backward    back: dz W_in
-#   in, out: the gradients of W_in and W_out; a sum without chunks is 1 to 8 % faster, but as long as an expert's rows
+#   in, out: the gradients of W_in and W_out
 TILES: dict[str, dict[int, Tile]] = {
     "up": {768: Tile(128, 128, 64, maps=True), 1 << 30: Tile(128, 256, 64, stages=4, group=4)},
     "down": {256: Tile(128, 256, 64, stages=4), 1 << 30: Tile(128, 256, 64, stages=4, maps=True)},
