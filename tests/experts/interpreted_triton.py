@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moelab.experts import reference, triton
+from moelab.experts import reference, self_check, triton
 
 SHAPES = [(37, 20, 36, 5, 2), (150, 100, 70, 4, 1), (9, 16, 33, 3, 3)]  # T, D, F, E, K
 
@@ -57,6 +57,11 @@ def test_outputs_and_gradients_are_those_of_float64(shape: tuple[int, ...], acti
         expected = results(reference, inputs, indices, activation, torch.float64)
         for one, other in zip(found, expected, strict=True):
             assert ((one.double() - other).norm() / other.norm()).item() <= tolerance
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # in rows that are nobody's
+def test_the_trials_of_the_self_check_are_passed() -> None:
+    assert self_check.failure(triton, torch.device("cpu")) is None
 
 
 def test_an_idle_expert_has_gradient_0_and_no_tokens_give_no_rows() -> None:

@@ -81,13 +81,25 @@ def test_auto_says_so_where_no_backend_can_compute_such_experts(monkeypatch: pyt
         mlp.choose_backend("auto", CPU, torch.float32, "gelu", bias=True, shape=Shape(8, 16, 4, 2))
 
 
-@pytest.mark.parametrize("backend", [cuda, triton])
-def test_kernels_are_tried_with_rows_of_whole_16_bytes_in_16_bits(backend: ModuleType) -> None:
-    (trial,) = [trial for trial in backend.TRIALS if trial.width % 8 == trial.hidden % 8 == 0]
+def test_kernels_are_tried_with_rows_of_whole_16_bytes_in_16_bits() -> None:
+    (trial,) = [trial for trial in cuda.TRIALS if trial.width % 8 == trial.hidden % 8 == 0]
     assert not trial.fp32
-    if backend is triton:
-        tiles = [triton.tile_of(name, torch.bfloat16, trial.width, trial.hidden, "gelu") for name in ("up", "slope")]
-        assert all(trial.hidden % tile.columns == 0 and trial.width % tile.depth == 0 for tile in tiles)
+
+
+def test_every_tile_of_triton_is_tried_whole_and_in_the_inner_loop_of_its_sums() -> None:
+    tried = {
+        (name, triton.tile_of(name, torch.bfloat16, trial.width, trial.hidden, trial.activation))
+        for trial in triton.TRIALS
+        for name in triton.TILES
+    }
+    assert tried >= {(name, tile) for name, tiles in triton.TILES.items() for tile in tiles.values()}
+    large = triton.TRIALS[-1]
+    rows = large.tokens * self_check.TOP_K // (large.experts - 1)
+    for name in ("in", "out"):
+        tile = triton.tile_of(name, torch.bfloat16, large.width, large.hidden)
+        assert rows > 2 * tile.depth
+        assert rows % tile.depth
+    assert rows > max(triton.tile_of(name, torch.bfloat16, 1024, 512).rows for name in ("up", "down", "slope", "back"))
 
 
 def test_a_trial_in_16_bits_alone_finds_what_is_wrong_there() -> None:

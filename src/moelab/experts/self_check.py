@@ -48,12 +48,13 @@ def refusal(
 
 
 class Trial(NamedTuple):
-    """A call that a backend is tried with, of K = 2, in which the last expert is idle."""
+    """A call that a backend is tried with, of K = 2, in which the last expert is idle and the others are even."""
 
     tokens: int
     width: int
     hidden: int
     experts: int
+    """Not one more than a multiple of 5."""
     activation: Activation = "gelu"
     fp32: bool = True
     """In fp32 too, and not in 16 bits alone."""
@@ -197,7 +198,7 @@ def _results(
         shapes |= {"b_in": (experts, inner), "b_out": (experts, width)}
     drawn = {name: torch.randn(shape, generator=generator, device="cpu") / 2 for name, shape in shapes.items()}
     upstream = torch.randn(shapes["x"], generator=generator, device="cpu").to(device, dtype)
-    indices = torch.arange(tokens * TOP_K, device="cpu").view(tokens, TOP_K) * 7 % (experts - 1)
+    indices = torch.arange(tokens * TOP_K, device="cpu").view(tokens, TOP_K) * 5 % (experts - 1)
     indices[3, 1] = -1
     wide = torch.promote_types(dtype, torch.float32)
     leaves = {

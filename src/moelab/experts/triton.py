@@ -23,13 +23,15 @@ import torch
 from moelab.config import Activation, UsageError
 from moelab.experts import requirements
 from moelab.experts.choice import Shape
-from moelab.experts.self_check import ALIGNED, SMALL
+from moelab.experts.self_check import SMALL, Trial
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RECOMPUTES = True  # of the rows keeps z alone for the backward pass
 BLOCKS, COUNTS = 128, 2**17  # programs of the sort, and counts in all of them, at most: a tile that compiles in seconds
 MOST_EXPERTS = 2**13 - 1  # and a bin of dropped slots
-TRIALS = (SMALL, ALIGNED)
+# Every tile of `TILES`, with rows enough for all of its loops, as most models launch it: 8 experts, biases. What is
+# compiled for a trial is there for training then.
+TRIALS = (SMALL, Trial(40, 256, 256, 8, fp32=False), Trial(700, 1024, 512, 8, fp32=False))
 MOST_SLOTS = 2**31 - 2**15  # places in the sort are int32, rounded up to whole steps of its programs
 
 
