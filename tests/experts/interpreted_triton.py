@@ -121,14 +121,31 @@ def test_operands_through_the_tensor_memory_accelerator_give_the_same(
     indices = routed(shape)
     plain = results(triton, inputs, indices, activation, torch.float32)
     monkeypatch.setattr(triton, "WIDE", tile._replace(maps=True))
-    maps = []
-    monkeypatch.setattr(TensorDescriptor, "__post_init__", lambda made: maps.append(made.block_shape))
-    mapped = results(triton, inputs, indices, activation, torch.float32)
-    assert maps
-    for one, other in zip(mapped, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
-    for gradient in mapped[3:5]:
-        assert gradient.isnan().any((1, 2)).nonzero().flatten().tolist() == sorted(indices[7].tolist())
+    check, maps = TensorDescriptor.__post_init__, []  # the check is of alignment and strides
+
+    def made(descriptor: TensorDescriptor) -> None:
+        check(descriptor)
+        maps.append(descriptor.block_shape)
+
+    monkeypatch.setattr(TensorDescriptor, "__post_init__", made)
+    used = []
+    for shift in (0, 1):  # of the matrices, from where 16 bytes begin
+        maps.clear()
+        inputs[2:4] = [shifted(w, shift) for w in inputs[2:4]]
+        mapped = results(triton, inputs, indices, activation, torch.float32)
+        used.append(len(maps))
+        for one, other in zip(mapped, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+        for gradient in mapped[3:5]:
+            assert gradient.isnan().any((1, 2)).nonzero().flatten().tolist() == sorted(indices[7].tolist())
+    assert used[0] > used[1] > 0
+
+
+def shifted(w: torch.Tensor | None, elements: int) -> torch.Tensor:
+    """The same matrices, so many elements further on in memory."""
+    assert w is not None
+    memory = w.new_empty(w.numel() + elements)
+    return memory[elements:].view(w.shape).copy_(w)
 
 
 @pytest.mark.parametrize(

@@ -274,15 +274,22 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @functools.cache
+def _generation(device: torch.device) -> int | None:
+    """The compute capability's major number, 0 of a GPU that is not NVIDIA's; None where kernels are interpreted."""
+    if device.type != "cuda":
+        return None
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
 def _pairs(device: torch.device) -> bool:
     """Whether an accumulator's columns 2i and 2i + 1 lie in one thread (`triton_kernels._read`)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (8, 9)
+    return _generation(device) in (8, 9)
 
 
-@functools.cache
 def _has_maps(device: torch.device) -> bool:
     """Whether there is a tensor memory accelerator, or an interpreter that does as it does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    generation = _generation(device)
+    return generation is None or generation >= 9
 
 
 def _compiled(tile: Tile, dtype: torch.dtype, device: torch.device, operands: int, loads: int = 1) -> dict[str, Any]:
@@ -290,12 +297,13 @@ def _compiled(tile: Tile, dtype: torch.dtype, device: torch.device, operands: in
 
     `loads` that follow on one another, as a row's number and then the row, are a stage apart each.
     """
-    stages = tile.stages
-    if device.type == "cuda":
-        stage = operands * tile.depth * dtype.itemsize
-        stages = max(1, min(stages, (_shared_memory(device) - 2048) // stage))
+    stages, generation = tile.stages, _generation(device)
+    if generation is not None:
+        buffers = (_shared_memory(device) - 2048) // (operands * tile.depth * dtype.itemsize)
+        # Before Hopper, and on small Blackwells, the products read registers: the last stage needs no buffer.
+        stages = max(1, min(stages, buffers + (generation not in (9, 10))))
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": loads * (stages - 1) + 1}
-    if tile.registers is not None and device.type == "cuda":
+    if tile.registers is not None and generation in (9, 10):  # elsewhere operands are in registers too, and spill
         options["maxnreg"] = tile.registers
     return options
 
