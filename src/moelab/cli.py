@@ -432,7 +432,8 @@ def _timed(
         show(results, Console())
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=2) + "\n")
-    if picture and results["rows"]:
+    timed = [row for row in results["rows"] if "reason" not in row]
+    if picture and timed:
         draw(results, picture)
     if results["stopped"]:
         raise KeyboardInterrupt
@@ -442,6 +443,8 @@ def _timed(
     if named != type(flags.bench).backends and experts and all("reason" in row for row in experts):
         known = "moelab info lists those usable here"
         raise RunFailed(f"backends = {', '.join(named)}: none got a time, for the reasons above; {known}")
+    if not timed:
+        raise RunFailed("bench: nothing got a time, for the reasons above")
 
 
 def info(arguments: list[str]) -> None:

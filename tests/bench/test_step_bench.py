@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,14 +21,16 @@ from moelab.bench import parts as parts_module
 from moelab.bench import step as step_module
 from moelab.bench.defaults import filled
 from moelab.bench.parts import PARTS, TimedStep
-from moelab.bench.step import SMALL_STEPS, FullStepBench, StepBench, bench_step
+from moelab.bench.step import SMALL_STEPS, VOCABULARY, FullStepBench, StepBench, bench_step
 from moelab.bench.step_report import draw_step, print_step
 from moelab.cli import main
-from moelab.config import ModelConfig, MoEConfig, RunConfig, TrainingConfig, UsageError
+from moelab.config import ModelConfig, MoEConfig, TrainingConfig, UsageError
 from moelab.meters import count_parameters, flops_per_token
 from moelab.model import GPT
 from moelab.presets import PRESETS, arm_model
+from moelab.training import memory as memory_module
 from moelab.training.batches import Batches
+from moelab.training.memory import FILL, training_memory
 from moelab.training.step import Step
 
 SMALL = StepBench(sizes=("smoke",), arms=("dense", "moe-matched"), sequences=2, rounds=2, steps=1, device="cpu")
@@ -202,17 +205,64 @@ def test_what_was_timed_before_a_signal_is_written(
     assert [row for row in found if row[1] != "dense twin"] == timed
 
 
-def test_the_micro_batch_is_one_that_every_backend_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def room_for(arm: str, sequences: int) -> int:
+    """Bytes that hold a step of an arm of smoke, of 4 sequences in micro-batches of so many, and no larger ones."""
+    chosen = PRESETS["smoke"]
+    model = arm_model(arm, replace(chosen.model, vocabulary=VOCABULARY), chosen.moe)
+    training = replace(chosen.training, batch_size=sequences, accumulation=4 // sequences)
+    return int(1.01 * training_memory(model, training, torch.device("cpu"), torch.float32).total / FILL)
 
-    def split(runs: list[RunConfig], *_: object) -> TrainingConfig:
-        asked.extend(run.model.moe.backend for run in runs if run.model.moe is not None)
-        raise UsageError("memory = 0: too little")
 
-    monkeypatch.setattr(step_module, "split_step", split)
-    found = bench_step(replace(SMALL, backends=("auto", "megablocks")))
-    assert asked == ["auto", "megablocks"]
-    assert {row["reason"] for row in found["rows"]} == {"memory = 0: too little"}
+QUICK = StepBench(
+    sizes=("smoke",), arms=("dense", "moe"), sequences=4, rounds=1, steps=1, parts=False, precision="fp32", device="cpu"
+)
+
+
+def test_the_micro_batch_is_one_that_every_arm_and_backend_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(config: ModelConfig, training: TrainingConfig, *_: object) -> dict[str, float]:
+        return {"ms": 1.0, "tokens_per_second": 1.0, "batch_size": training.batch_size}
+
+    monkeypatch.setattr(memory_module, "available_memory", lambda _: room_for("moe", 2))
+    monkeypatch.setattr(step_module, "_measured", measured)
+    rows = bench_step(replace(QUICK, backends=("reference", "grouped_mm")))["rows"]
+    assert [(row["arm"], row["backend"], row["batch_size"]) for row in rows] == [
+        ("dense", None, 2), ("moe", "reference", 2), ("moe", "grouped_mm", 2),
+    ]  # fmt: skip
+
+
+def test_an_arm_that_the_device_does_not_hold_leaves_the_others_their_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_module, "available_memory", lambda _: room_for("dense", 1))
+    dense, moe = bench_step(QUICK)["rows"]
+    assert dense["ms"] > 0
+    assert (dense["batch_size"], dense["accumulation"]) == (1, 4)
+    assert re.fullmatch(r"memory = .* free on cpu: smoke moe needs .* in micro-batches of 1 \(.*\)", moe["reason"])
+
+
+@pytest.mark.parametrize(("held", "said"), [(1, "; leave --batch-size out"), (None, "")])
+def test_a_given_batch_that_does_not_fit_is_refused_with_what_the_bench_can_change(
+    held: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = room_for("dense", held) if held else 2**20
+    monkeypatch.setattr(memory_module, "available_memory", lambda _: free)
+    (row,) = bench_step(replace(QUICK, arms=("dense",), sequences=32, batch_size=32))["rows"]
+    assert re.fullmatch(rf"memory = .* needs .* in micro-batches of 32 \(.*\){said}", row["reason"])
+
+
+def test_nothing_timed_is_a_failure_and_what_was_found_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory_module, "available_memory", lambda _: 2**20)
+    words = "bench step --sizes smoke --arms dense moe --sequences 1 --rounds 1 --steps 1 --device cpu".split()
+    assert main([*words, "--json", str(tmp_path / "a.json"), "--picture", str(tmp_path / "a.svg")]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "moelab: bench: nothing got a time, for the reasons above"
+    assert [line.partition(": no time: memory = ")[0] for line in shown.out.splitlines()] == [
+        "smoke dense", "smoke moe auto",
+    ]  # fmt: skip
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 2
+    assert not (tmp_path / "a.svg").exists()
 
 
 def test_without_parts_nothing_is_compiled_for_them_and_they_are_not_shown(

@@ -38,7 +38,7 @@ from moelab.meters import count_parameters, flops_per_token, model_flops_utiliza
 from moelab.model import GPT
 from moelab.presets import ARMS, PRESETS, arm_model
 from moelab.training.batches import Batches, prefetched
-from moelab.training.memory import split_step
+from moelab.training.memory import NotEnoughMemory, split_step
 from moelab.training.step import Step, check_capture
 
 WARM_STEPS = 3
@@ -179,35 +179,58 @@ def _size(
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Adds the rows of one size, and gives each when it is whole."""
-    runs: dict[str, RunConfig | str] = {}
+    runs = _runs(size, settings, device, dtype)
+    training = _training([run for run in runs.values() if isinstance(run, RunConfig)], settings, device, dtype)
+    for (arm, backend), run in runs.items():
+        say(f"{size} {arm}{f', backend {backend}' if backend else ''}")
+        row: dict[str, Any] = {"size": size, "arm": arm, "backend": backend}
+        rows.append(row)
+        if isinstance(run, str) or isinstance(training, str):
+            row["reason"] = run if isinstance(run, str) else training
+            yield row
+            continue
+        try:
+            row |= _measured(run.model, training, settings, device, dtype)
+        except (UsageError, RunFailed) as refused:
+            row["reason"] = str(refused)
+        except torch.OutOfMemoryError as problem:
+            row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
+        except Exception as problem:  # of a kernel or a compiler on a device that it does not know
+            row["reason"] = f"failed ({first_line(problem)})"
+        _forget(device)
+        yield row
+
+
+def _runs(
+    size: str, settings: FullStepBench, device: torch.device, dtype: torch.dtype
+) -> dict[tuple[str, str | None], RunConfig | str]:
+    """By arm and backend, what is trained; or why it cannot be, whatever stands beside it."""
+    runs: dict[tuple[str, str | None], RunConfig | str] = {}
     for arm in settings.arms:
         try:
-            runs[arm] = _run(size, arm, settings)
+            run = _run(size, arm, settings)
         except UsageError as refused:  # as moe-matched where K does not divide the hidden size
-            runs[arm] = str(refused)
-    whole = [run for run in runs.values() if isinstance(run, RunConfig)]
-    timed = [replace(run, model=_with_backend(run.model, backend)) for run in whole for backend in settings.backends]
-    training = _training(timed, settings, device, dtype)
-    for arm, run in runs.items():
-        has_experts = isinstance(run, RunConfig) and run.model.moe is not None
-        for backend in settings.backends if has_experts else (None,):
-            say(f"{size} {arm}{f', backend {backend}' if backend else ''}")
-            row: dict[str, Any] = {"size": size, "arm": arm, "backend": backend}
-            rows.append(row)
-            if isinstance(run, str) or isinstance(training, str):
-                row["reason"] = run if isinstance(run, str) else training
-                yield row
-                continue
-            try:
-                row |= _measured(_with_backend(run.model, backend), training, settings, device, dtype)
-            except (UsageError, RunFailed) as refused:
-                row["reason"] = str(refused)
-            except torch.OutOfMemoryError as problem:
-                row["reason"] = f"out of memory ({str(problem).splitlines()[0]})"
-            except Exception as problem:  # of a kernel or a compiler on a device that it does not know
-                row["reason"] = f"failed ({first_line(problem)})"
-            _forget(device)
-            yield row
+            runs[arm, None] = str(refused)
+            continue
+        for backend in settings.backends if run.model.moe is not None else (None,):
+            of_backend = replace(run, model=_with_backend(run.model, backend))
+            runs[arm, backend] = _refusal(of_backend, device, dtype) or of_backend
+    return runs
+
+
+def _refusal(run: RunConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a run cannot be trained by itself, in any micro-batch that it may have; None where it can."""
+    try:
+        split_step([run], device, dtype)
+    except NotEnoughMemory as refused:
+        if not run.training.auto_batch:
+            of_any_size = replace(run, training=replace(run.training, auto_batch=True))
+            if _refusal(of_any_size, device, dtype) is None:
+                return f"{refused.need}; leave --batch-size out"
+        return refused.need
+    except UsageError as refused:
+        return str(refused)
+    return None
 
 
 def _run(size: str, arm: str, settings: FullStepBench) -> RunConfig:
@@ -234,14 +257,14 @@ def _training_asked(size: str, settings: FullStepBench) -> TrainingConfig:
 def _training(
     runs: list[RunConfig], settings: FullStepBench, device: torch.device, dtype: torch.dtype
 ) -> TrainingConfig | str:
-    """How all arms of a size are trained, with one micro-batch; or why they cannot be."""
+    """How all runs of a size are trained, with one micro-batch; or why they cannot be."""
     steps = WARM_STEPS + settings.rounds * settings.steps + settings.steps + 1  # and those that are profiled
     if not runs:
-        return "no arm of this size can be made"
+        return "no arm of this size can be trained"
     try:
         return replace(split_step(runs, device, dtype), steps=steps, log_interval=steps)
-    except UsageError as refused:
-        return str(refused)
+    except NotEnoughMemory as refused:
+        return f"{refused.need}, and no micro-batch fits every arm; give fewer --arms at once"
 
 
 def _with_backend(model: ModelConfig, backend: str | None) -> ModelConfig:

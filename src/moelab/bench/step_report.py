@@ -23,6 +23,17 @@ HEADINGS = {"attention": "atten-\ntion", "experts": "ex-\nperts", "optimizer": "
 def print_step(results: dict[str, Any], console: Console) -> None:
     """Two tables, a row each size, arm and backend; below, what could not be timed and why, and what columns are."""
     timed = [row for row in results["rows"] if "ms" in row]
+    if timed:
+        _print_tables(timed, results, console)
+    for row in results["rows"]:
+        if "reason" in row:
+            named = " ".join(filter(None, (row["size"], row["arm"], row["backend"])))
+            console.print(f"{named}: no time: {row['reason']}", highlight=False, soft_wrap=True)
+    if timed:
+        _print_caption(timed, results, console)
+
+
+def _print_tables(timed: list[dict[str, Any]], results: dict[str, Any], console: Console) -> None:
     speed = {
         "ms": lambda row: _ms(row["ms"]) + ("*" if _unsteady(row) else ""),
         "tokens\n/s": lambda row: _rate(row["tokens_per_second"]),
@@ -36,10 +47,9 @@ def print_step(results: dict[str, Any], console: Console) -> None:
     asked = results["settings"]["parts"]
     parts = {HEADINGS.get(name, name): functools.partial(_part, name) for name in PARTS if asked}
     console.print(_table(timed, {**parts, "idle": lambda row: _percent(row["idle"])}))
-    for row in results["rows"]:
-        if "reason" in row:
-            named = " ".join(filter(None, (row["size"], row["arm"], row["backend"])))
-            console.print(f"{named}: no time: {row['reason']}", highlight=False, soft_wrap=True)
+
+
+def _print_caption(timed: list[dict[str, Any]], results: dict[str, Any], console: Console) -> None:
     settings, environment, peak = results["settings"], results["environment"], results["peak_flops"]
     stated = f"{peak / 1e12:,.0f} TFLOP/s" if peak else "a peak that is not known"
     launched = {row["captured"] for row in timed}
@@ -58,7 +68,7 @@ def print_step(results: dict[str, Any], console: Console) -> None:
         + (" experts: a dense model's feed-forward too; norms are with what they stand before. other: embedding, "
            "clipping and the rest. "
            f"Shares: medians of {TIMES} steps whose halves of the blocks are compiled each by itself."
-           if asked else "")
+           if settings["parts"] else "")
         + (" * Rounds differ by more than a tenth: something else disturbed the device." if unsteady else ""),
         style="dim", highlight=False,
     )  # fmt: skip

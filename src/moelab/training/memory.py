@@ -36,6 +36,15 @@ SURELY = 1.15  # an estimate past that share by this factor is not tried even wh
 STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}  # AdamW's two moments, of one parameter
 
 
+class NotEnoughMemory(UsageError):
+    """A device has too little for a run. Its text ends with what fits, in flags of `train` and `compare`."""
+
+    def __init__(self, need: str, options: str) -> None:
+        super().__init__(f"{need}; what fits: {options}")
+        self.need = need
+        """What the run needs and the device has, without the flags."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the peak of a training step, by what takes them."""
@@ -199,7 +208,7 @@ def split_step(
         resuming: what fits is looked for among what may change when a run goes on.
 
     Raises:
-        UsageError: no micro-batch fits, or the given one surely does not: with what would.
+        NotEnoughMemory: no micro-batch fits, or the given one surely does not: with what would.
     """
     training = runs[0].training
     if available is None:
@@ -211,7 +220,7 @@ def split_step(
     if not training.auto_batch:
         for run in runs:
             if not room.holds(run, SURELY):
-                raise UsageError(_refusal(runs, run, run.training, room, resuming))
+                raise _refusal(runs, run, run.training, room, resuming)
         return training
     most = training.batch_size if device.type == "cpu" else training.batch_size * training.accumulation
     splits = list(_splits(training, most))
@@ -221,7 +230,7 @@ def split_step(
     # The smallest need not take the least: only a step that is cut has a block's gradients beside those before.
     needs = [max(((room.takes(_cut(run, split)), run) for run in runs), key=lambda need: need[0]) for split in splits]
     (_, run), split = min(zip(needs, splits, strict=True), key=lambda found: found[0][0])
-    raise UsageError(_refusal(runs, run, split, room, resuming))
+    raise _refusal(runs, run, split, room, resuming)
 
 
 def _with_its_backend(run: RunConfig, device: torch.device, dtype: torch.dtype) -> RunConfig:
@@ -281,8 +290,8 @@ def split_in_words(training: TrainingConfig) -> str:
 
 def _refusal(
     runs: Sequence[RunConfig], run: RunConfig, split: TrainingConfig, room: _Room, resuming: bool
-) -> str:  # fmt: skip
-    """The line that says what `run`, of `runs`, needs in that split, and what fits for all of them."""
+) -> NotEnoughMemory:  # fmt: skip
+    """What `run`, of `runs`, needs in that split, and what fits for all of them."""
     cut = _cut(run, split)
     needed = room.needs(cut)
     settings = (_fitting(room, _settings(runs, number, resuming)) for number in (1, 2, 3))
@@ -294,10 +303,11 @@ def _refusal(
         "another GPU, or to start anew with another --out" if resuming else "a smaller model, by --layers and --width"
     )
     options = ", or ".join(found) or last
-    return (
+    return NotEnoughMemory(
         f"memory = {gib(room.available)} free on {room.device.type}: {run.preset} {run.arm} needs "
         f"{gib(room.takes(cut) / FILL)} in micro-batches of {split.batch_size} (weights and AdamW state "
-        f"{gib(needed.state)}, with gradients {gib(needed.state + needed.gradients)}); what fits: {options}"
+        f"{gib(needed.state)}, with gradients {gib(needed.state + needed.gradients)})",
+        options,
     )
 
 
