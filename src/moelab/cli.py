@@ -205,6 +205,7 @@ class NoFlags:
 def train(arguments: list[str]) -> None:
     """train one model"""
     from moelab.training import train as train_run
+    from moelab.training.optimizer import long_warmup
 
     chosen = _preset_of(arguments)
     base = TrainFlags(preset=chosen, **_preset_settings(chosen))
@@ -223,6 +224,8 @@ def train(arguments: list[str]) -> None:
             asked = flags.training
             training = replace(run.training, batch_size=asked.batch_size, accumulation=asked.accumulation)
             run = replace(run, training=training)
+    elif line := long_warmup(run.training):
+        print(f"moelab: {line}", file=sys.stderr)
     summary = train_run(run, out, resume=flags.resume, profile=flags.profile, command=_command("train", arguments))
     print(f"{out}: validation loss {summary['val_loss']:.4f} ({summary['val_bits_per_byte']:.4f} bits per byte)")
 

@@ -153,6 +153,19 @@ def test_every_arm_has_the_micro_batch_that_the_largest_has_room_for_and_keeps_i
     assert (results["training"]["batch_size"], results["training"]["accumulation"]) == (4, 2)
 
 
+def test_a_new_comparison_whose_warm_up_is_as_long_is_told_once_and_one_that_goes_on_is_not(
+    story: Path, tmp_path: Path
+) -> None:
+    comparison = tiny(story, seeds=2)
+    comparison = replace(comparison, training=replace(comparison.training, warmup_steps=500))
+    said = []
+    for place in ("first", "again"):
+        console = Console(width=200, record=True, file=(tmp_path / place).open("w"))
+        run_comparison(comparison, tmp_path / "runs", console=console)
+        said.append(console.export_text().count("warmup-steps = 500: with steps = 2 the learning rate only rises"))
+    assert said == [1, 0]
+
+
 def test_choosing_the_micro_batch_leaves_each_arm_its_own_settings(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,19 @@ def test_resume_needs_no_flags_beside_the_folder(trained: Path, capsys: pytest.C
     assert "finished" in capsys.readouterr().err
 
 
+def test_a_new_run_whose_warm_up_is_as_long_is_told_and_one_that_goes_on_is_not(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "smoke", "--data", f"text:{story}", "--out", tmp_path / "run", *SMALL, "--warmup-steps", 500]
+    assert moelab(*words) == 0
+    line = "moelab: warmup-steps = 500: with steps = 6 the learning rate only rises; give --warmup-steps 0"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    (tmp_path / "run" / "summary.json").unlink()
+    assert moelab(*words, "--resume") == 0
+    assert "the learning rate only rises" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["warmup_steps"] == 500
+
+
 def test_a_flag_that_the_run_was_not_made_with_is_refused_on_resume(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -44,9 +45,12 @@ def test_the_comparison_trains_and_shows_its_report(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook = executed(
-        "compare.ipynb", tmp_path, monkeypatch, steps=4, arms="dense,moe", data=f"text:{story}", out=tmp_path / "out"
+        "compare.ipynb", tmp_path, monkeypatch, steps=20, arms="dense,moe", data=f"text:{story}", out=tmp_path / "out"
     )
     assert "precision" in output(notebook, "device")
+    for arm in ("dense", "moe"):
+        trained = json.loads((tmp_path / "out" / f"{arm}-seed0" / "config.json").read_text())["training"]
+        assert (trained["steps"], trained["warmup_steps"], trained["evaluation_interval"]) == (20, 2, 2)
     assert "In this single run, at equal tokens" in output(notebook, "read")
     assert "&lt;h2&gt;The arms&lt;/h2&gt;" in output(notebook, "report")
     assert "def main(" in output(notebook, "sample")

@@ -17,6 +17,7 @@ from moelab.training.optimizer import (
     check_optimizer_state,
     clip_gradients,
     learning_rate,
+    long_warmup,
     make_optimizer,
     parts,
     rehearse,
@@ -65,6 +66,19 @@ def test_learning_rate_warms_up_then_falls_to_the_minimum(steps: int, warmup: in
         middle = top + (steps - 1 - top) / 2
         if middle.is_integer():
             assert rates[int(middle)] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "given"), [(300, 500, 30), (300, 300, 30), (300, 299, None), (5, 5, 0), (1, 0, None)]
+)
+def test_a_warm_up_that_does_not_end_is_said_with_one_that_does(steps: int, warmup: int, given: int | None) -> None:
+    line = long_warmup(TrainingConfig(steps=steps, warmup_steps=warmup))
+    if given is None:
+        assert line is None
+        return
+    ends = f"with steps = {steps} the learning rate only rises; give --warmup-steps {given}"
+    assert line == f"warmup-steps = {warmup}: {ends}"
+    assert long_warmup(TrainingConfig(steps=steps, warmup_steps=given)) is None
 
 
 STATES = [

@@ -32,6 +32,7 @@ from moelab.training.loop import (
     write_aside,
 )
 from moelab.training.memory import cut_as, split_as, split_in_words, split_step
+from moelab.training.optimizer import long_warmup
 
 DIVERGED = "diverged.txt"  # in the folder of a sweep's run whose loss did not stay finite: it is not tried again
 
@@ -60,7 +61,12 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
     for arm in comparison.names:
         if match := comparison.match_of(arm):
             console.print(f"{arm}: {match}", highlight=False, soft_wrap=True)
-    comparison = _of_one_batch(comparison, folder, console)
+    planned = _first_runs(comparison)
+    begun = next((folder / plan.folder for plan in planned if (folder / plan.folder / "config.json").exists()), None)
+    if begun is None:  # what goes on keeps its settings
+        for line in filter(None, dict.fromkeys(long_warmup(plan.config.training) for plan in planned)):
+            console.print(line, highlight=False, soft_wrap=True)
+    comparison = _of_one_batch(comparison, planned, begun, folder, console)
     trials: dict[str, list[Trial]] = {}
     if comparison.sweeps:
         trials = _tune(comparison, folder, command, console)
@@ -83,17 +89,22 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
     return write_report([folder])
 
 
-def _of_one_batch(comparison: Comparison, folder: Path, console: Console) -> Comparison:
-    """The comparison with one micro-batch for all runs: that of a run which is there, or the largest that all take.
+def _first_runs(comparison: Comparison) -> list[PlannedRun]:
+    """The runs that need no other's result: an arm's trials where it is tuned, or its runs."""
+    swept = {arm: list(comparison.sweep_runs(arm).values()) for arm in comparison.names}
+    tried = [plan for arm in comparison.names for plan in swept[arm]]
+    return tried + [plan for plan in comparison.runs() if not swept[plan.config.arm]]
+
+
+def _of_one_batch(
+    comparison: Comparison, planned: Sequence[PlannedRun], begun: Path | None, folder: Path, console: Console
+) -> Comparison:
+    """The comparison with one micro-batch for all runs: that of the run which is there, or the largest that all take.
 
     It is part of what is computed, through rounding and the scope of the balance loss. Raises `UsageError` where the
     memory does not hold every arm: now, and not when the first of them is trained.
     """
-    swept = {arm: list(comparison.sweep_runs(arm).values()) for arm in comparison.names}
-    planned = [plan for arm in comparison.names for plan in swept[arm]]
-    planned += [plan for plan in comparison.runs() if not swept[plan.config.arm]]
     training = comparison.training
-    begun = next((folder / plan.folder for plan in planned if (folder / plan.folder / "config.json").exists()), None)
     if begun is not None:
         training = split_as(training, stored_run(begun).training)
     if left := [plan.config for plan in planned if not finished_summary(folder / plan.folder)]:

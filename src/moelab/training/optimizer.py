@@ -113,6 +113,16 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return config.min_learning_rate + cosine * (config.learning_rate - config.min_learning_rate)
 
 
+def long_warmup(config: TrainingConfig) -> str | None:
+    """A line for the user where the learning rate only rises, and a warm-up that would not; None where it falls."""
+    if config.warmup_steps < config.steps:
+        return None
+    return (
+        f"warmup-steps = {config.warmup_steps}: with steps = {config.steps} the learning rate only rises; "
+        f"give --warmup-steps {config.steps // 10}"
+    )
+
+
 def _adamw_fp32(groups: list[dict[str, Any]], settings: dict[str, Any], device: torch.device) -> torch.optim.Optimizer:
     """PyTorch's AdamW, whose state is made at once: made by the first step it would be zeroed at each replay of one."""
     fused = device.type in ("cuda", "cpu")
