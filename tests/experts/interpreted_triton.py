@@ -85,8 +85,11 @@ def test_a_nan_in_one_token_stays_in_that_token() -> None:
         assert values.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
-def test_long_sums_are_added_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of rows for some experts, one for others, none for the idle one; tiles in groups."""
+@pytest.mark.parametrize("enough", [triton.ENOUGH, 9])
+def test_long_sums_are_added_in_parts(enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of rows for some experts, one for others, none for the idle one; tiles in groups. Of a matrix of
+    as many tiles as are enough the sums are whole."""
+    monkeypatch.setattr(triton, "ENOUGH", enough)
     monkeypatch.setattr(triton, "WIDE", triton.Tile(16, 16, 16, warps=4, group=3, chunk=32))
     shape = (150, 36, 40, 5, 2)
     indices = routed(shape)

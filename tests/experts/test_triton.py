@@ -105,6 +105,29 @@ def test_no_grid_is_wider_than_a_gpu_takes(slots: int, rows: int) -> None:
     assert chunk == rows or slots > rows << 15
 
 
+@pytest.mark.parametrize(("width", "whole"), [(256, False), (768, False), (1024, True), (4096, True)])
+def test_gradients_of_matrices_that_fill_a_gpu_are_not_cut(
+    width: int, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their parts, for the worst routing, would take more memory than the matrices."""
+    kernels = pytest.importorskip("moelab.experts.triton_kernels", reason="Triton is not installed: pip install triton")
+    parts: list[int] = []
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *given, BLOCK=None, **_: BLOCK or parts.append(len(given[5]))
+
+    monkeypatch.setattr(kernels, "weight_gradient", Kernel())
+    monkeypatch.setattr(kernels, "sum_parts", Kernel())
+    with torch.device("meta"):
+        x, z = torch.empty(32_768, width, dtype=torch.bfloat16), torch.empty(65_536, 4 * width, dtype=torch.bfloat16)
+        w_in, w_out = x.new_empty(8, 4 * width, width), x.new_empty(8, width, 4 * width)
+        rows, offsets = torch.empty(65_536, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
+    backend._weight_gradient("in", z, x, offsets, rows, 2, w_in)
+    backend._weight_gradient("out", x, z, offsets, rows, 2, w_out)
+    assert [n == 0 for n in parts] == [whole, whole]
+
+
 @pytest.mark.parametrize(
     ("dtype", "width", "activation"),
     [

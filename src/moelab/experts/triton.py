@@ -194,6 +194,9 @@ fused_experts.register_autograd(_backward, setup_context=_keep)
 # Launches
 
 
+WHOLE = 1 << 30  # rows that no expert has more than: a sum that is not cut
+
+
 class Tile(NamedTuple):
     """What a program of a product computes, and how."""
 
@@ -212,7 +215,7 @@ class Tile(NamedTuple):
     """At most so many a thread, so that two programs fit a multiprocessor."""
     maps: bool = False
     """Operands that are not gathered come through the tensor memory accelerator, on GPUs that have one."""
-    chunk: int = 1 << 30
+    chunk: int = WHOLE
     """Weight gradients: at most so many rows in a sum; longer ones are summed in parts, in their order."""
 
 
@@ -230,6 +233,7 @@ TILES: dict[str, dict[int, Tile]] = {
     },
     "out": {256: Tile(128, 128, 64, stages=4, chunk=10240), 1 << 30: Tile(128, 256, 64, maps=True, chunk=10240)},
 }
+ENOUGH = 128  # tiles of a matrix whose gradient is summed whole: they fill a GPU, and parts would take much memory
 WIDE = Tile(64, 64, 32, warps=4, chunk=4096)  # fp32, on the ordinary cores
 BIAS_CHUNK = 1024
 
@@ -390,7 +394,8 @@ def _weight_gradient(
     dw, slots = torch.empty_like(w), len(slot_of_row)
     width, hidden = (inside, outside) if name == "in" else (outside, inside)
     tile = tile_of(name, w.dtype, width, hidden)
-    chunk = _chunk(tile.chunk, slots)
+    tiles = -(-outside // tile.rows) * -(-inside // tile.columns)
+    chunk = _chunk(tile.chunk if tiles < ENOUGH else WHOLE, slots)
     chunks = _tiles(slots, experts, chunk)
     several = 0 if slots <= chunk else min(chunks, 2 * slots // chunk)
     parts = torch.empty(several, outside, inside, dtype=torch.float32, device=w.device)
@@ -404,7 +409,7 @@ def _weight_gradient(
             dy_map = TensorDescriptor.from_tensor(dy, [tile.depth, tile.rows])
         else:
             x_map = TensorDescriptor.from_tensor(x, [tile.depth, tile.columns])
-    kernels.weight_gradient[(-(-outside // tile.rows) * -(-inside // tile.columns), chunks)](
+    kernels.weight_gradient[(tiles, chunks)](
         dy, x, slot_of_row, offsets, dw, parts, outside, inside, chunk, dy_map, x_map,
         GATHER_DY=name == "out", GATHER_X=name == "in", TOP_K=top_k, **shared, **_arithmetic(w.dtype),
         WHOLE=whole, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
