@@ -105,6 +105,15 @@ def test_no_grid_is_wider_than_a_gpu_takes(slots: int, rows: int) -> None:
     assert chunk == rows or slots > rows << 15
 
 
+def test_fp32_is_tf32_only_where_the_user_allows_it() -> None:
+    assert backend._arithmetic(torch.float32)["PRECISION"] == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert backend._arithmetic(torch.float32)["PRECISION"] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.mark.parametrize(("width", "whole"), [(256, False), (768, False), (1024, True), (4096, True)])
 def test_gradients_of_matrices_that_fill_a_gpu_are_not_cut(
     width: int, whole: bool, monkeypatch: pytest.MonkeyPatch

@@ -448,7 +448,9 @@ def _combine(
 
 
 def _arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", "CAST": _interpreted()}
+    """As PyTorch's own products: fp32 is tf32 only where the user has allowed it."""
+    exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return {"PRECISION": "ieee" if exact else "tf32", "CAST": _interpreted()}
 
 
 @functools.cache
