@@ -21,6 +21,7 @@ from moelab.bench.report import busier_than_their_step, print_layer
 from moelab.cli import main
 from moelab.config import ModelConfig, MoEConfig, UsageError
 from moelab.experts import mlp, reference
+from moelab.model.router import Router
 
 USABLE = [name for name in mlp.BACKENDS if mlp.availability(name, torch.device("cpu")).usable]
 SMALL = LayerBench(widths=(16, 24), tokens=40, experts=4, multiple=2, rounds=2, steps=1, precision="fp32", device="cpu")
@@ -80,6 +81,41 @@ def test_a_backend_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -
     assert "wall_ms" not in row
     assert row["error"] == pytest.approx(1e-3, rel=0.1)
     assert "relative to float64" in row["reason"]
+
+
+def test_a_router_that_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked is what is timed: the router's own weights, and their gradient."""
+    right = Router.decide
+
+    def decide(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weights, indices, logits = right(router, x)
+        return x, weights if x.dtype == torch.float64 else 1.001 * weights, indices, logits
+
+    monkeypatch.setattr(Router, "decide", decide)
+    _, *rows = bench_layer(replace(SMALL, widths=(16,), backends=("grouped_mm", "reference")))["rows"]
+    assert all("relative to float64" in row["reason"] and "wall_ms" not in row for row in rows)
+
+
+@pytest.mark.parametrize("tipped", [1, 2])
+def test_a_token_that_rounding_tips_to_another_expert_is_compared_there(
+    tipped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Router.decide
+
+    def decide(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weights, indices, logits = right(router, x)
+        if x.dtype != torch.float64:
+            swapped = (torch.arange(4) != indices[0, 0]).nonzero()[:2, 0]
+            indices = torch.cat([swapped.expand(tipped, -1), indices[tipped:]])
+            weights = torch.softmax(logits.gather(1, indices), dim=-1)
+        return x, weights, indices, logits
+
+    monkeypatch.setattr(Router, "decide", decide)
+    _, row = bench_layer(replace(SMALL, widths=(16,), backends=("grouped_mm",)))["rows"]
+    if tipped == 1:
+        assert row["wall_ms"] > 0
+    else:
+        assert row["reason"] == "sends 2 of 40 tokens to other experts than float64 does"
 
 
 def test_a_backend_with_a_gradient_that_is_not_a_number_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
