@@ -7,7 +7,9 @@ Each size is a folder of `moelab compare` below --out. The same command goes on 
 nothing twice. It may run several times at once, on a GPU each (CUDA_VISIBLE_DEVICES): a run that another process has is
 passed over. A finished run is scored on WikiText-103's test split and its checkpoints are deleted; so of --out
 everything but `checkpoints` of a run under way is small, and can be carried to another machine and gone on with there.
-Runs that have a checkpoint come first. At the end README.md in --out reads the results (`reading.py`).
+Runs that have a checkpoint come first. The micro-batch of a size is the largest that the memory holds in all its arms;
+it is chosen once, by the process that comes first, and kept in SIZE/micro-batch.json, on other GPUs too. At the end
+README.md in --out reads the results (`reading.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from filelock import FileLock, Timeout
 from reading import RATE, SEQUENCES_A_STEP, WIKITEXT, write_page
 from rich.console import Console
 
-from moelab.compare import Comparison, run_comparison
+from moelab.compare import Comparison, run_comparison, with_one_micro_batch
 from moelab.compare.plan import PlannedRun
 from moelab.config import DataConfig, RunFailed, UsageError
 from moelab.evaluation import score
@@ -40,9 +42,11 @@ from moelab.text import Tokenizer, prepare
 from moelab.training import load, train
 from moelab.training.checkpoint import has_checkpoint
 from moelab.training.loop import Interrupted, finished_summary, write_aside
+from moelab.training.memory import split_as
 
 EVALUATIONS = 40  # along a run; a loss that was reached is read off between two of them
 ALL_ARMS = ("dense", "moe", "dense-wide", "moe-matched")
+MICRO_BATCH = "micro-batch.json"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def reference(settings: Reference, command: str) -> None:
         try:
             with time_limit(settings.minutes, over):
                 for name in names:
-                    train_size(planned[name], settings, settings.out / name, command, over)
+                    train_size(planned[name], settings, settings.out / name, command, over, console)
                     report(planned[name], settings.out / name, command, console)
         except Interrupted:
             if not over.is_set():
@@ -254,17 +258,40 @@ def time_limit(minutes: float | None, over: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train_size(planned: Comparison, settings: Reference, folder: Path, command: str, over: threading.Event) -> None:
+def train_size(
+    planned: Comparison, settings: Reference, folder: Path, command: str, over: threading.Event, console: Console
+) -> None:
     """Trains and scores the selected runs of one size, those first that have a checkpoint."""
     arms = chosen(settings.arms, ARMS, "arms")
     seeds = chosen(settings.seeds, [str(seed) for seed in range(3)], "seeds")
+    if over.is_set():
+        raise Interrupted("stopped between two sizes")
+    planned = of_one_micro_batch(planned, folder, console)
     runs = [run for run in planned.runs() if run.config.arm in arms and str(run.config.training.seed) in seeds]
     for plan in sorted(runs, key=lambda plan: not has_checkpoint(folder / plan.folder)):
         if over.is_set():
             raise Interrupted("stopped between two runs")
-        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout), FileLock(folder / f".{plan.folder}.lock", timeout=0):
             finish(plan, settings, folder, command)
+
+
+def of_one_micro_batch(planned: Comparison, folder: Path, console: Console) -> Comparison:
+    """A size's plan with the micro-batch of all its runs, which whoever comes first chooses before any is trained.
+
+    It is stored beside the runs: another process may come before the first of them has begun. Raises `NotEnoughMemory`
+    where the memory holds no arm of the size.
+    """
+    file = folder / MICRO_BATCH
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".micro-batch.lock"):
+        if file.exists():
+            before = replace(planned.training, auto_batch=False, **json.loads(file.read_text()))
+            planned = replace(planned, training=split_as(planned.training, before))
+        if planned.training.auto_batch:
+            planned = with_one_micro_batch(planned, folder, console, without_those_too_large=True)
+            chosen = {name: getattr(planned.training, name) for name in ("batch_size", "accumulation")}
+            write_aside(file, json.dumps(chosen) + "\n")
+    return planned
 
 
 def finish(plan: PlannedRun, settings: Reference, folder: Path, command: str) -> None:

@@ -10,14 +10,29 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import SIZES, Reference, chosen, comparison, finished_part, main, unpacked
+import torch
+from reference import (
+    SIZES,
+    TRIAL,
+    Reference,
+    chosen,
+    comparison,
+    finished_part,
+    main,
+    of_one_micro_batch,
+    unpacked,
+)
+from rich.console import Console
 
 from moelab.compare import Comparison
 from moelab.config import DataConfig, TrainingConfig, UsageError
+from moelab.device import compute_dtype
+from moelab.training import memory
 
 WORDS = "the cat sat on a mat and saw the dog that ran to the tree".split()
 
@@ -103,6 +118,62 @@ def test_processes_side_by_side_share_the_runs(command: list[str], tmp_path: Pat
     for arm in ("dense", "moe", "dense-wide"):
         steps = [json.loads(line)["step"] for line in (out / f"smoke/{arm}-seed0/metrics.jsonl").open()]
         assert steps == sorted(set(steps))  # nobody trained it again
+
+
+def smoke(texts: Path) -> Comparison:
+    """The plan that `command` trains a part of."""
+    data = DataConfig(f"text:{texts / 'english'}", tokenizer="bytes")
+    return comparison(TRIAL["smoke"], Reference(steps=20, device="cpu"), data)
+
+
+def room_for(planned: Comparison, arm: str, sequences: int) -> int:
+    """Free bytes that hold an arm's step in micro-batches of so many sequences, and no larger ones."""
+    cpu, model = torch.device("cpu"), replace(planned.model_of(arm), vocabulary=320)
+    training = replace(planned.training, batch_size=sequences, accumulation=8 // sequences)
+    takes = memory.training_memory(model, training, cpu, compute_dtype("auto", cpu)).total
+    return int(1.001 * takes / memory.FILL)
+
+
+def micro_batches(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {path.parent.name: json.loads(path.read_text())["training"] for path in folder.glob("*/config.json")}
+    return {run: (training["batch_size"], training["accumulation"]) for run, training in found.items()}
+
+
+@pytest.mark.parametrize("sittings", [["dense,moe"], ["dense", "moe"]], ids=["at once", "an arm a sitting"])
+def test_all_arms_have_the_micro_batch_that_the_largest_of_the_size_has_room_for(
+    command: list[str], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sittings: list[str]
+) -> None:
+    room = room_for(smoke(texts), "moe", 4)
+    assert room > room_for(smoke(texts), "dense", 8)  # which alone would take all 8 sequences
+    monkeypatch.setattr(memory, "available_memory", lambda _: room)
+    for arms in sittings:
+        assert main([*command, "--arms", arms]) == 0
+        monkeypatch.setattr(memory, "available_memory", lambda _: None)  # the next sitting is on another machine
+    out = tmp_path / "runs/reference"
+    assert micro_batches(out / "smoke") == {"dense-seed0": (4, 2), "moe-seed0": (4, 2)}
+    assert results(out)["training"]["batch_size"] == 4
+    assert (out / "smoke/report.html").exists()
+
+
+def test_the_micro_batch_is_kept_from_before_the_first_run_has_begun(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for sequences in (2, 8):
+        monkeypatch.setattr(memory, "available_memory", lambda _, s=sequences: room_for(smoke(texts), "moe", s))
+        found.append(of_one_micro_batch(smoke(texts), tmp_path, Console(file=(tmp_path / "said").open("w"))).training)
+    assert found[0] == found[1]
+    assert not found[0].auto_batch
+
+
+def test_an_arm_that_no_micro_batch_fits_has_no_part_in_the_choice(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = room_for(smoke(texts), "moe-matched", 8)
+    assert room < room_for(smoke(texts), "moe", 1)
+    monkeypatch.setattr(memory, "available_memory", lambda _: room)
+    planned = of_one_micro_batch(smoke(texts), tmp_path, Console(file=(tmp_path / "said").open("w")))
+    assert (planned.training.batch_size, planned.training.accumulation) == (8, 1)
 
 
 def test_another_learning_rate_ends_at_the_same_share_of_it() -> None:

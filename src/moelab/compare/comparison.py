@@ -31,7 +31,7 @@ from moelab.training.loop import (
     stored_run,
     write_aside,
 )
-from moelab.training.memory import cut_as, split_as, split_in_words, split_step
+from moelab.training.memory import NotEnoughMemory, cut_as, split_as, split_in_words, split_step
 from moelab.training.optimizer import long_warmup
 
 DIVERGED = "diverged.txt"  # in the folder of a sweep's run whose loss did not stay finite: it is not tried again
@@ -62,11 +62,10 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
         if match := comparison.match_of(arm):
             console.print(f"{arm}: {match}", highlight=False, soft_wrap=True)
     planned = _first_runs(comparison)
-    begun = next((folder / plan.folder for plan in planned if (folder / plan.folder / "config.json").exists()), None)
-    if begun is None:  # what goes on keeps its settings
+    if _begun(planned, folder) is None:  # what goes on keeps its settings
         for line in filter(None, dict.fromkeys(long_warmup(plan.config.training) for plan in planned)):
             console.print(line, highlight=False, soft_wrap=True)
-    comparison = _of_one_batch(comparison, planned, begun, folder, console)
+    comparison = with_one_micro_batch(comparison, folder, console)
     trials: dict[str, list[Trial]] = {}
     if comparison.sweeps:
         trials = _tune(comparison, folder, command, console)
@@ -96,16 +95,34 @@ def _first_runs(comparison: Comparison) -> list[PlannedRun]:
     return tried + [plan for plan in comparison.runs() if not swept[plan.config.arm]]
 
 
-def _of_one_batch(
-    comparison: Comparison, planned: Sequence[PlannedRun], begun: Path | None, folder: Path, console: Console
-) -> Comparison:
-    """The comparison with one micro-batch for all runs: that of the run which is there, or the largest that all take.
+def _begun(planned: Sequence[PlannedRun], folder: Path) -> Path | None:
+    """The first of the runs that is there already."""
+    return next((folder / plan.folder for plan in planned if (folder / plan.folder / "config.json").exists()), None)
 
-    It is part of what is computed, through rounding and the scope of the balance loss. Raises `UsageError` where the
-    memory does not hold every arm: now, and not when the first of them is trained.
+
+def with_one_micro_batch(
+    comparison: Comparison, folder: Path, console: Console, *, without_those_too_large: bool = False
+) -> Comparison:
+    """The comparison with one micro-batch for all runs: that of a run which is there, or the largest that all take.
+
+    It is part of what is computed, through rounding and the scope of the balance loss. Runs that are trained one by one
+    (`training.train`) would each choose their own.
+
+    Args:
+        comparison: all of it, however few of its runs are trained now.
+        folder: of its runs, those of them that are there already.
+        console: where the choice is said.
+        without_those_too_large: where the memory does not hold an arm in any micro-batch, choose for the others. That
+            arm has the same micro-batch, and is refused when it is trained there.
+
+    Raises:
+        NotEnoughMemory: the memory does not hold every arm (or any, with `without_those_too_large`): now, and not when
+            the first of them is trained.
+        UsageError: a run's settings, or the text, cannot be read.
+        RunFailed: the text could not be prepared.
     """
-    training = comparison.training
-    if begun is not None:
+    training, planned = comparison.training, _first_runs(comparison)
+    if (begun := _begun(planned, folder)) is not None:
         training = split_as(training, stored_run(begun).training)
     if left := [plan.config for plan in planned if not finished_summary(folder / plan.folder)]:
         vocabulary = padded_vocabulary(prepare(comparison.data).tokenizer.vocabulary)
@@ -115,7 +132,14 @@ def _of_one_batch(
             for run in left
         ]
         dtype = compute_dtype(training.precision, device)
-        training = cut_as(training, split_step(runs, device, dtype, resuming=begun is not None))
+        while True:
+            try:
+                training = cut_as(training, split_step(runs, device, dtype, resuming=begun is not None))
+                break
+            except NotEnoughMemory as problem:
+                runs = [run for run in runs if run.arm != problem.arm]
+                if not (without_those_too_large and runs):
+                    raise
     if comparison.training.auto_batch:
         console.print(f"every arm: {split_in_words(training)} a step", highlight=False, soft_wrap=True)
     return replace(comparison, training=training)

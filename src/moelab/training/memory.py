@@ -39,8 +39,10 @@ STATE_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}  # AdamW's two mom
 class NotEnoughMemory(UsageError):
     """A device has too little for a run. Its text ends with what fits, in flags of `train` and `compare`."""
 
-    def __init__(self, need: str, options: str) -> None:
+    def __init__(self, arm: str, need: str, options: str) -> None:
         super().__init__(f"{need}; what fits: {options}")
+        self.arm = arm
+        """The run's."""
         self.need = need
         """What the run needs and the device has, without the flags."""
 
@@ -304,6 +306,7 @@ def _refusal(
     )
     options = ", or ".join(found) or last
     return NotEnoughMemory(
+        run.arm,
         f"memory = {gib(room.available)} free on {room.device.type}: {run.preset} {run.arm} needs "
         f"{gib(room.takes(cut) / FILL)} in micro-batches of {split.batch_size} (weights and AdamW state "
         f"{gib(needed.state)}, with gradients {gib(needed.state + needed.gradients)})",
