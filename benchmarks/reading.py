@@ -1,7 +1,8 @@
 """A page that reads the reference results: where the experts paid, how soon, and what they were worth in compute.
 
-It is made of what `reference.py` stored in a folder: SIZE/results.json of each comparison, and SIZE/wikitext-103.json
-with the scores of its runs. What is not there is said to be missing.
+It is made of what `reference.py` stored in a folder: SIZE/results.json of each comparison, SIZE/wikitext-103.json with
+the scores of its runs, and SIZE/RUN.diverged.txt or SIZE/RUN.failed.txt, whose first line says why a run failed. What
+is not there is said to be missing.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from scaling import FEWEST, Point, PowerLaw, fit
 from moelab.compare import Comparison
 from moelab.compare.figures import MARKERS
 from moelab.compare.picture import ARM_COLOURS, LIGHT, STYLE, Picture, new_figure
+from moelab.compare.plan import run_folder
 from moelab.compare.results import measured, measured_by_seed
 from moelab.compare.statistics import estimate
 from moelab.compare.words import DASH, FLOPS, duration, memory, percent, quantity, signed, spans_zero
 from moelab.training.loop import write_aside
 
 WIKITEXT = "wikitext-103.json"
+DIVERGED, FAILED = ".diverged.txt", ".failed.txt"  # behind a run's name: why it is not there
 RATE = "-lr"  # before a learning rate, in the name of a size at another one
 SEQUENCES_A_STEP = "-b"  # before a number of sequences, in the name of a size whose steps have as many
 ARMS = ("dense", "moe", "dense-wide", "moe-matched")  # in the order of the reports, which gives them their colours
@@ -93,7 +96,7 @@ def write_page(folder: Path, planned: Mapping[str, Comparison]) -> Path:
         "# Reference results",
         "The experiment of the project that moelab grows out of, with the same tokens for every arm. "
         "`python benchmarks/reference.py` trains it, and writes this page from the JSON files beside it.",
-        *_what_was_run(stored, planned),
+        *_what_was_run(folder, stored, planned),
         *_where_it_won(stored),
         *_how_soon(stored),
         *_at_other_rates(stored),
@@ -117,11 +120,21 @@ def _stored(folder: Path, name: str) -> Stored | None:
     return Stored(name, results, json.loads(scores.read_text()) if scores.exists() else {})
 
 
-def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -> list[str]:
+def reasons(folder: Path) -> dict[str, str]:
+    """Why runs of a size failed, in a few words by run; of those that failed, and are not there since."""
+    found = {}
+    for ending, words in ((FAILED, ""), (DIVERGED, "diverged, ")):
+        for path in sorted(folder.glob(f"*{ending}")):
+            first = path.read_text().partition("\n")[0]
+            found[path.name.removesuffix(ending)] = words + first.partition(" (")[0]
+    return found
+
+
+def _what_was_run(folder: Path, stored: Sequence[Stored], planned: Mapping[str, Comparison]) -> list[str]:
     rows, there = [], {one.name: one for one in stored}
     for name, plan in planned.items():
         one = there.get(name)
-        missing = _missing(one, plan)
+        missing = _missing(one, plan, reasons(folder / name))
         if one is None:
             rows.append([name, f"{plan.model.context:,}", DASH, DASH, DASH, missing])
             continue
@@ -149,18 +162,20 @@ def _what_was_run(stored: Sequence[Stored], planned: Mapping[str, Comparison]) -
     ]  # fmt: skip
 
 
-def _missing(one: Stored | None, plan: Comparison) -> str:
-    """The planned arms and seeds that results.json does not have."""
+def _missing(one: Stored | None, plan: Comparison, why: Mapping[str, str]) -> str:
+    """The planned arms and seeds that results.json does not have, and of runs that failed the reason."""
     have = set() if one is None else {(arm, seed) for arm in one.arms for seed in one.results["seeds"]}
-    absent: dict[str, list[int]] = {}
+    absent: dict[tuple[str, str], list[int]] = {}
     for arm in plan.arms:
         for seed in plan.seed_values:
             if (arm, seed) not in have:
-                absent.setdefault(arm, []).append(seed)
-    if len(absent) == len(plan.arms) and all(len(seeds) == plan.seeds for seeds in absent.values()):
+                absent.setdefault((arm, why.get(run_folder(arm, seed, "tokens"), "")), []).append(seed)
+    if not have and not any(reason for _, reason in absent):
         return "all of it"
-    whole = plan.seeds
-    told = [arm if len(seeds) == whole else f"{arm} seed {', '.join(map(str, seeds))}" for arm, seeds in absent.items()]
+    told = []
+    for (arm, reason), seeds in absent.items():
+        name = arm if len(seeds) == plan.seeds else f"{arm} seed {', '.join(map(str, seeds))}"
+        told.append(f"{name} ({reason})" if reason else name)
     return "; ".join(told) or DASH
 
 

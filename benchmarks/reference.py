@@ -10,6 +10,10 @@ everything but `checkpoints` of a run under way is small, and can be carried to 
 Runs that have a checkpoint come first. The micro-batch of a size is the largest that the memory holds in all its arms;
 it is chosen once, by the process that comes first, and kept in SIZE/micro-batch.json, on other GPUs too. At the end
 README.md in --out reads the results (`reading.py`).
+
+A run that fails does not keep the others from being trained. SIZE/RUN.failed.txt says why, and the next time it is
+tried again, as another GPU may have the memory that it lacked. One whose loss did not stay finite is not tried again
+until its SIZE/RUN.diverged.txt is deleted. The exit status is 1 as long as a selected run has failed.
 """
 
 from __future__ import annotations
@@ -30,19 +34,20 @@ from typing import Any
 
 import tyro
 from filelock import FileLock, Timeout
-from reading import RATE, SEQUENCES_A_STEP, WIKITEXT, write_page
+from reading import DIVERGED, FAILED, RATE, SEQUENCES_A_STEP, WIKITEXT, reasons, write_page
 from rich.console import Console
 
 from moelab.compare import Comparison, run_comparison, with_one_micro_batch
-from moelab.compare.plan import PlannedRun
+from moelab.compare.plan import BUDGETS, PlannedRun
+from moelab.compare.run import costs_of_arms, read_run
 from moelab.config import DataConfig, RunFailed, UsageError
 from moelab.evaluation import score
 from moelab.presets import ARMS, preset
 from moelab.text import Tokenizer, prepare
 from moelab.training import load, train
 from moelab.training.checkpoint import has_checkpoint
-from moelab.training.loop import Interrupted, finished_summary, write_aside
-from moelab.training.memory import split_as
+from moelab.training.loop import Diverged, Interrupted, finished_summary, write_aside
+from moelab.training.memory import NotEnoughMemory, split_as
 
 EVALUATIONS = 40  # along a run; a loss that was reached is read off between two of them
 ALL_ARMS = ("dense", "moe", "dense-wide", "moe-matched")
@@ -138,8 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reference(settings: Reference, command: str) -> None:
-    """Trains what is missing until the time is over, and writes the reports and the page of what is there."""
-    console = Console()
+    """Trains what is missing until the time is over, and writes the reports and the page of what is there.
+
+    Raises `RunFailed` at the end where selected runs have failed, or a report could not be written.
+    """
+    console, failed = Console(), list[str]()
     data = DataConfig() if settings.read else data_config(settings)
     planned = {name: comparison(size, settings, data) for name, size in {**SIZES, **TRIAL}.items()}
     names = chosen(settings.only, planned, "only")
@@ -149,21 +157,22 @@ def reference(settings: Reference, command: str) -> None:
             with time_limit(settings.minutes, over):
                 for name in names:
                     train_size(planned[name], settings, settings.out / name, command, over, console)
-                    report(planned[name], settings.out / name, command, console)
+                    report(planned[name], settings.out / name, command, console)  # now, and not after hours
         except Interrupted:
             if not over.is_set():
                 raise
             console.print("The time is over; the same command goes on from here.")
         for name in names:
-            report(replace(planned[name], budgets=("tokens",)), settings.out / name, command, console)
-            if not settings.keep_checkpoints:
-                for place in settings.out.glob(f"{name}/*-seed*-*"):  # of the further budgets: they are not scored
-                    tidy(place)
+            if problem := report(planned[name], settings.out / name, command, console):
+                failed.append(f"the report of {name} ({problem})")
+            failed += failures(planned[name], settings, settings.out / name)
     if settings.publish is not None:
         publish(settings.out, settings.publish, names)
     read = {name: planned[name] for name in dict.fromkeys([*SIZES, *names])}
     for folder in filter(None, (settings.out, settings.publish)):
         console.print(str(write_page(folder, read)), soft_wrap=True, highlight=False)
+    if failed:
+        raise RunFailed(f"not made: {'; '.join(failed)}")
 
 
 def chosen(words: str, known: Iterable[str], setting: str) -> list[str]:
@@ -262,17 +271,43 @@ def train_size(
     planned: Comparison, settings: Reference, folder: Path, command: str, over: threading.Event, console: Console
 ) -> None:
     """Trains and scores the selected runs of one size, those first that have a checkpoint."""
-    arms = chosen(settings.arms, ARMS, "arms")
-    seeds = chosen(settings.seeds, [str(seed) for seed in range(3)], "seeds")
+    runs = selected(planned, settings)
     if over.is_set():
         raise Interrupted("stopped between two sizes")
-    planned = of_one_micro_batch(planned, folder, console)
-    runs = [run for run in planned.runs() if run.config.arm in arms and str(run.config.training.seed) in seeds]
-    for plan in sorted(runs, key=lambda plan: not has_checkpoint(folder / plan.folder)):
-        if over.is_set():
-            raise Interrupted("stopped between two runs")
-        with contextlib.suppress(Timeout), FileLock(folder / f".{plan.folder}.lock", timeout=0):
-            finish(plan, settings, folder, command)
+    try:
+        planned = of_one_micro_batch(planned, folder, console)
+    except NotEnoughMemory as problem:
+        for plan in runs:
+            if finished_summary(folder / plan.folder) is None:
+                note_failure(folder, plan.folder, problem)
+        return
+    for stage in stages(planned, settings, folder):
+        for plan in sorted(stage, key=lambda plan: not has_checkpoint(folder / plan.folder)):
+            if over.is_set():
+                raise Interrupted("stopped between two runs")
+            with contextlib.suppress(Timeout), FileLock(folder / f".{plan.folder}.lock", timeout=0):
+                finish(plan, settings, folder, command)
+
+
+def selected(planned: Comparison, settings: Reference) -> list[PlannedRun]:
+    """A size's runs of equal tokens, of the arms and seeds that were asked for."""
+    arms = chosen(settings.arms, ARMS, "arms")
+    seeds = chosen(settings.seeds, [str(seed) for seed in range(3)], "seeds")
+    return [run for run in planned.runs() if run.config.arm in arms and str(run.config.training.seed) in seeds]
+
+
+def stages(planned: Comparison, settings: Reference, folder: Path) -> Iterator[list[PlannedRun]]:
+    """The selected runs, and then, once all of a size are there, those of each further budget."""
+    yield selected(planned, settings)
+    for budget in planned.budgets[1:]:
+        if all(finished_summary(folder / plan.folder) for plan in planned.runs()):
+            yield further_runs(planned, folder, budget)
+
+
+def further_runs(planned: Comparison, folder: Path, budget: str) -> list[PlannedRun]:
+    """The runs of a further budget of a size whose runs of equal tokens are all finished."""
+    runs = [read_run(folder, plan.folder, plan.budget) for plan in planned.runs()]
+    return planned.budget_runs(budget, costs_of_arms(runs, budget))
 
 
 def of_one_micro_batch(planned: Comparison, folder: Path, console: Console) -> Comparison:
@@ -295,20 +330,58 @@ def of_one_micro_batch(planned: Comparison, folder: Path, console: Console) -> C
 
 
 def finish(plan: PlannedRun, settings: Reference, folder: Path, command: str) -> None:
-    """Trains a run to its end, scores it on WikiText-103, and tidies it up."""
+    """Trains a run to its end, scores it on WikiText-103 if it is one of equal tokens, and tidies it up."""
     place = folder / plan.folder
-    if finished_summary(place) is None:
-        print(f"{place}", flush=True)
-        train(plan.config, place, resume=True, command=command)
+    if finished_summary(place) is None and not trained(plan, folder, command):
+        return
     scores = folder / WIKITEXT
-    known = plan.folder in stored_scores(scores)
-    if settings.wikitext is not None and not known and has_checkpoint(place):
+    unscored = settings.wikitext is not None and plan.budget == "tokens" and plan.folder not in stored_scores(scores)
+    if settings.wikitext is not None and unscored and has_checkpoint(place):
         score = wikitext_score(place, settings.wikitext, settings.device)
         with FileLock(folder / ".scores.lock"):
             write_aside(scores, json.dumps(stored_scores(scores) | {plan.folder: score}, indent=2) + "\n")
-        known = True
-    if not settings.keep_checkpoints and (settings.wikitext is None or known):
+        unscored = False
+    if not settings.keep_checkpoints and not unscored:
         tidy(place)
+
+
+def trained(plan: PlannedRun, folder: Path, command: str) -> bool:
+    """Trains a run to its end; False where it fails, or its loss did not stay finite before."""
+    place, diverged = folder / plan.folder, folder / f"{plan.folder}{DIVERGED}"
+    if diverged.exists():
+        print(f"{place}: its loss did not stay finite before; {diverged} says how to try it again", flush=True)
+        return False
+    print(f"{place}", flush=True)
+    try:
+        train(plan.config, place, resume=True, command=command)
+    except (NotEnoughMemory, RunFailed) as problem:
+        note_failure(folder, plan.folder, problem)
+        return False
+    (folder / f"{plan.folder}{FAILED}").unlink(missing_ok=True)
+    return True
+
+
+def note_failure(folder: Path, run: str, problem: NotEnoughMemory | RunFailed) -> None:
+    """Says why a run failed, here and in a file beside it. Raises `problem` itself where that cannot be written."""
+    what = str(problem).partition(";")[0]  # the rest names flags of `moelab train`
+    print(f"reference.py: {folder / run}: {what}", file=sys.stderr, flush=True)
+    if isinstance(problem, Diverged):
+        ending = DIVERGED
+        then = f"Delete this file to try it again from its checkpoint, if it has one, and {run}/ too to begin anew."
+    else:
+        ending, then = FAILED, "It is tried again the next time."
+    try:
+        write_aside(folder / f"{run}{ending}", f"{what}\n{then}\n")
+    except OSError:
+        raise problem from None
+
+
+def failures(planned: Comparison, settings: Reference, folder: Path) -> list[str]:
+    """The selected runs of a size that have failed, each with the reason."""
+    asked = {plan.folder for plan in selected(planned, settings)}
+    known = reasons(folder)
+    asked |= {f"{run}-{budget}" for run in asked for budget in BUDGETS}
+    return [f"{folder.name}/{run} ({why})" for run, why in known.items() if run in asked]
 
 
 def stored_scores(path: Path) -> dict[str, Any]:
@@ -331,12 +404,19 @@ def wikitext_score(place: Path, source: Path, device: str) -> dict[str, Any]:
     return found.as_json() | {"data": text.name, "form": text.form, "fingerprint": text.fingerprint}
 
 
-def report(planned: Comparison, folder: Path, command: str, console: Console) -> None:
-    """Writes results.json and the report of as much of a size as is finished, where they are not there yet."""
+def report(planned: Comparison, folder: Path, command: str, console: Console) -> str | None:
+    """Writes results.json and the report of as much of a size as is finished, where they are not there yet.
+
+    Returns why its runs cannot be compared, if they cannot: the other sizes can.
+    """
     if not folder.exists():
-        return
-    with FileLock(folder / ".report.lock"):
-        report_finished(planned, folder, command, console)
+        return None
+    try:
+        with FileLock(folder / ".report.lock"):
+            report_finished(planned, folder, command, console)
+    except (UsageError, RunFailed) as problem:
+        return str(problem)
+    return None
 
 
 def report_finished(planned: Comparison, folder: Path, command: str, console: Console) -> None:
@@ -353,7 +433,10 @@ def report_finished(planned: Comparison, folder: Path, command: str, console: Co
 
 
 def finished_part(planned: Comparison, folder: Path) -> Comparison | None:
-    """The arms that are finished at the first seed, over as many seeds as all of them have; None of less than two."""
+    """The arms that are finished at the first seed, over as many seeds as all of them have; None of less than two.
+
+    Of all arms and seeds with those further budgets whose runs are all finished.
+    """
     done = {
         (run.config.arm, run.config.training.seed) for run in planned.runs() if finished_summary(folder / run.folder)
     }
@@ -366,14 +449,23 @@ def finished_part(planned: Comparison, folder: Path) -> Comparison | None:
         if not all((arm, seed) in done for arm in arms):
             break
         seeds += 1
-    whole = (arms, seeds) == (planned.arms, planned.seeds)
-    return replace(planned, arms=arms, seeds=seeds, budgets=planned.budgets if whole else ("tokens",))
+    further = planned.budgets[1:] if (arms, seeds) == (planned.arms, planned.seeds) else ()
+    ended = (
+        budget
+        for budget in further
+        if all(finished_summary(folder / run.folder) for run in further_runs(planned, folder, budget))
+    )
+    return replace(planned, arms=arms, seeds=seeds, budgets=("tokens", *ended))
 
 
 def publish(out: Path, to: Path, names: Sequence[str]) -> None:
-    """Copies what a reader wants of each size: results, report and scores."""
+    """Copies what a reader wants of each size: results, report and scores, and why runs failed."""
     for name in names:
-        for file in ("results.json", "report.html", WIKITEXT):
+        for run in reasons(to / name):  # of which some may be there by now
+            for ending in (DIVERGED, FAILED):
+                (to / name / f"{run}{ending}").unlink(missing_ok=True)
+        failed = [f"{run}{ending}" for run in reasons(out / name) for ending in (DIVERGED, FAILED)]
+        for file in ("results.json", "report.html", WIKITEXT, *failed):
             if (out / name / file).exists():
                 (to / name).mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(out / name / file, to / name / file)

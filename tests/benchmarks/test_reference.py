@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from reference import (
     SIZES,
     TRIAL,
     Reference,
+    Size,
     chosen,
     comparison,
     finished_part,
@@ -174,6 +176,89 @@ def test_an_arm_that_no_micro_batch_fits_has_no_part_in_the_choice(
     monkeypatch.setattr(memory, "available_memory", lambda _: room)
     planned = of_one_micro_batch(smoke(texts), tmp_path, Console(file=(tmp_path / "said").open("w")))
     assert (planned.training.batch_size, planned.training.accumulation) == (8, 1)
+
+
+def test_a_run_that_diverges_is_noted_not_tried_again_and_stops_no_other_size(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "wild", Size("smoke", arms=("dense", "moe"), learning_rate=1e12))
+    out, published = tmp_path / "runs/reference", tmp_path / "published"
+    both = [*command, "--only", "wild,smoke", "--arms", "dense,moe", "--publish", str(published)]
+    assert main(both) == 1
+    assert list(results(out)["arms"]) == ["dense", "moe"]
+    reason = r"diverged, step \d+: the (loss|gradient) is not finite"
+    assert re.search(rf"reference.py: not made: wild/dense-seed0 \({reason}\); wild/moe-", capsys.readouterr().err)
+    for folder in (out, published):
+        page = (folder / "README.md").read_text()
+        assert re.search(rf"\| wild \| .* \| dense \({reason}\); moe \({reason}\) \|", page)
+    note = out / "wild/dense-seed0.diverged.txt"
+    assert "--" not in note.read_text()  # flags that this command does not have
+    assert "Delete this file to try it again" in note.read_text()
+
+    note.unlink()
+    assert main(both) == 1  # tries dense again, and moe not
+    said = capsys.readouterr().out.splitlines()
+    assert str(out / "wild/dense-seed0") in said
+    assert str(out / "wild/moe-seed0") not in said
+    assert note.exists()
+
+
+def test_a_run_that_the_memory_does_not_hold_is_noted_and_tried_again(
+    command: list[str], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = room_for(smoke(texts), "moe-matched", 8)
+    monkeypatch.setattr(memory, "available_memory", lambda _: room)
+    out, published = tmp_path / "runs/reference", tmp_path / "published"
+    three = [*command, "--arms", "dense,moe,dense-wide", "--publish", str(published)]
+    assert main(three) == 1
+    assert list(results(out)["arms"]) == ["dense", "dense-wide"]
+    why = "memory = 0.1 GiB free on cpu: smoke moe needs 0.1 GiB in micro-batches of 8"
+    assert f"dense seed 1; moe seed 0 ({why}); moe seed 1; dense-wide seed 1;" in (out / "README.md").read_text()
+    assert "--" not in (published / "smoke/moe-seed0.failed.txt").read_text()
+
+    monkeypatch.setattr(memory, "available_memory", lambda _: None)
+    assert main(three) == 0
+    assert list(results(out)["arms"]) == ["dense", "moe", "dense-wide"]
+    assert not list(tmp_path.glob("*/**/*.failed.txt"))
+
+
+def test_a_size_of_which_the_memory_holds_nothing_is_noted(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda _: 1_000_000)
+    assert main([*command, "--arms", "moe"]) == 1
+    out = tmp_path / "runs/reference"
+    assert "moe seed 0 (memory = 0.0 GiB free on cpu: smoke dense needs 0.0 GiB" in (out / "README.md").read_text()
+
+
+def test_runs_of_other_settings_stop_no_other_report(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SIZES, "first", Size("smoke", arms=("dense", "moe")))
+    two = [*command, "--only", "first,smoke", "--arms", "dense,moe", "--steps", "10"]
+    assert main(two) == 0
+    out = tmp_path / "runs/reference"
+    for name in ("first", "smoke"):
+        (out / name / "results.json").unlink()
+    config = out / "first/moe-seed0/config.json"
+    config.write_text(config.read_text().replace('"batch_size": 8', '"batch_size": 4'))
+    assert main(two) == 1
+    assert "not made: the report of first (batch-size = 8: the run" in capsys.readouterr().err
+    assert list(results(out)["arms"]) == ["dense", "moe"]
+
+
+def test_runs_of_further_budgets_follow_when_all_others_are_there(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TRIAL, "smoke", Size("smoke", arms=("dense", "moe")))
+    both, out = [*command, "--budgets", "tokens,flops"], tmp_path / "runs/reference"
+    assert main([*both, "--arms", "dense"]) == 0
+    assert not (out / "smoke/moe-seed0-flops").exists()
+    assert main(both) == 0
+    assert results(out)["budgets"] == ["tokens", "flops"]
+    assert [run["folder"] for run in results(out)["arms"]["moe"]["runs"]] == ["moe-seed0", "moe-seed0-flops"]
+    assert list(json.loads((out / "smoke/wikitext-103.json").read_text())) == ["dense-seed0", "moe-seed0"]
+    assert not list(out.glob("smoke/*/checkpoints"))
 
 
 def test_another_learning_rate_ends_at_the_same_share_of_it() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from moelab.compare.plan import Comparison, PlannedRun
 from moelab.compare.report import write_report
 from moelab.compare.results import build_results
-from moelab.compare.run import Run, read_run
+from moelab.compare.run import Run, costs_of_arms, read_run
 from moelab.compare.sweep import Trial, choose, sweep_results
 from moelab.compare.table import print_table
 from moelab.config import UsageError
@@ -72,12 +72,7 @@ def _run(comparison: Comparison, folder: Path, command: str, console: Console) -
         comparison = comparison.tuned({arm: choose(found) for arm, found in trials.items()})
     runs = _finish(comparison.runs(), folder, command, console)
     for budget in comparison.budgets[1:]:
-        # The least over seeds: FLOPs do not vary, and what disturbs a clock only adds seconds.
-        costs = {
-            arm: min(run.spent(budget) for run in runs if run.arm == arm and run.budget == "tokens")
-            for arm in comparison.names
-        }
-        runs += _finish(comparison.budget_runs(budget, costs), folder, command, console)
+        runs += _finish(comparison.budget_runs(budget, costs_of_arms(runs, budget)), folder, command, console)
     swept = None
     if comparison.sweeps:
         runs = [_with_test_loss(run, folder, comparison.training.device, console) for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ class Run:
         if budget == "flops":
             return float(counts["tokens"] * self.summary["flops_per_token"])
         return float(counts[budget])
+
+
+def costs_of_arms(runs: Sequence[Run], budget: str) -> dict[str, float]:
+    """By arm, what its runs of equal tokens cost, in tokens, FLOPs or seconds, as `Comparison.budget_runs` takes it.
+
+    It is the least over seeds: FLOPs do not vary, and what disturbs a clock only adds seconds.
+    """
+    own = [run for run in runs if run.budget == "tokens"]
+    return {arm: min(run.spent(budget) for run in own if run.arm == arm) for arm in {run.arm for run in own}}
 
 
 def read_run(comparison: Path, folder: str, budget: str) -> Run:
