@@ -216,19 +216,31 @@ def test_larger_steps_stand_beside_those_of_all_sizes(tmp_path: Path) -> None:
     """And have no part in a fit, nor among the learning rates; the goal is judged at them too."""
     sizes = {size: stored(size, 1.3) for size in FLOPS}
     reached = {"ci95": None, "runs": 1, "reached": 1, "spent": None}
-    for name, difference, ratio in (("124m", 0.132, 1.2), ("124m-b32", -0.05, 0.6)):
-        differs = entry("moe", "tokens", difference=difference, ci95=None, interpolated=False)
-        soon = entry("moe", "seconds", ratio=ratio, **reached)
-        sizes[name] = stored("124m", 1.3, comparisons=[differs], to_reach=[soon])
+    for name, ratio in (("124m", 1.2), ("124m-b32", 0.6)):
+        sizes[name] = stored("124m", 1.3, to_reach=[entry("moe", "seconds", ratio=ratio, **reached)])
+    runs = {arm: facts["runs"] for arm, facts in sizes["124m-b32"]["arms"].items()}
+    before = {arm: of_arm[0]["val_loss"] for arm, of_arm in runs.items()}
+    for arm, change in {"dense": 0.1, "moe": 0.01, "dense-wide": -0.01}.items():
+        runs[arm][0]["val_loss"] += change
+    runs["dense"].append(runs["dense"][0] | {"seed": 1, "val_loss": 9.0})  # not run in the small steps: does not count
     sizes["124m-b32"]["training"] |= {"steps": 1250, "batch_size": 32, "learning_rate": 6e-4}
     for name, results in sizes.items():
         (tmp_path / name).mkdir()
         write_aside(tmp_path / name / "results.json", json.dumps(results))
     text = write_page(tmp_path, {name: Comparison(preset=name.partition("-")[0]) for name in sizes}).read_text()
-    dense = f"{law(FLOPS['124m'] * TOKENS):.4f}"
-    rest = "not measured | not measured | not measured |"
-    assert f"| 124m | 5,000 × 8 | 0.0003 | {dense} | **higher**, +0.132 | {rest}" in text
-    assert f"| 124m-b32 | 1,250 × 32 | 0.0006 | {dense} | **lower**, −0.050 | {rest}" in text
+    section = text.partition("## In larger steps")[2].partition("\n## ")[0]
+    small, large = "5,000 × 8 at 0.0003", "1,250 × 32 at 0.0006"
+    for arm, change in (("dense", 0.1), ("moe", 0.01)):
+        losses = [f"{loss:.4f}" for loss in (before[arm], before[arm] + change)]
+        assert f"| 124m-b32 | {arm} | 1 | {small} | {losses[0]} | {large} | {losses[1]} | +{change:.3f} |" in section
+
+    def goes(against: str, change: float) -> str:
+        gap = before["moe"] - before[against]
+        ends = [f"{value:+.3f}".replace("-", "−") for value in (gap, gap + change)]
+        return f"At 124m-b32 moe against {against} goes from {ends[0]} to {ends[1]}, because "
+
+    assert f"{goes('dense', -0.09)}dense ends higher, and not because moe ends lower." in section
+    assert f"{goes('dense-wide', 0.02)}moe ends higher and dense-wide ends lower." in section
     assert "**Missed** by moe, in 1.20 of it; **Met** by moe, in 0.60 of it (124m-b32)." in text
     assert "fitted to 8 runs" in text
     assert "## At other learning rates" not in text
