@@ -597,6 +597,7 @@ def _again(stored: Sequence[Stored]) -> list[str]:
                 f"tokenizer {data['tokenizer']}, fingerprint `{data['fingerprint']}`",
             )
         )
+        told += [("experts computed by", words) for words in _backends(one)]
         told += [("WikiText-103", f"fingerprint `{s['fingerprint']}`") for s in one.scores.values()]
         for environment in environments:
             known = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in environment.items() if v is not None)
@@ -605,6 +606,16 @@ def _again(stored: Sequence[Stored]) -> list[str]:
             facts.setdefault(fact, []).append(one.name)
     rows = [[what, ", ".join(sizes), value] for (what, value), sizes in sorted(facts.items(), key=lambda f: f[0][0])]
     return ["## How to make it again", _table(["", "sizes", ""], rows)] if rows else []
+
+
+def _backends(one: Stored) -> list[str]:
+    """The backends that computed the experts of a size, each with its arms; of results that have them."""
+    arms: dict[str, list[str]] = {}
+    for arm, facts in one.arms.items():
+        for backend in dict.fromkeys(run.get("backend") for run in facts["runs"]):
+            if backend is not None:
+                arms.setdefault(backend, []).append(arm)
+    return [f"`{backend}`: {', '.join(names)}" for backend, names in arms.items()]
 
 
 def _fixed(value: float | None, digits: int) -> str:

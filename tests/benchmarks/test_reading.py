@@ -170,6 +170,14 @@ def test_arms_that_different_code_trained_are_named(tmp_path: Path) -> None:
     assert "those of one code: 5m (abc: run-abc; not recorded: run-None)." in text
 
 
+def test_the_backend_of_the_experts_is_said_where_it_is_recorded(tmp_path: Path) -> None:
+    sizes = {size: stored(size, 1.0) for size in ("5m", "40m", "124m")}
+    for size in ("5m", "124m"):
+        sizes[size]["arms"]["moe"]["runs"][0]["backend"] = "hopper"
+    text = page(tmp_path, sizes)
+    assert "| experts computed by | 5m, 124m | `hopper`: moe |" in text
+
+
 @pytest.mark.parametrize(
     ("ratio", "said"),
     [(0.64, "**Met** by moe, in 0.64 of it."), (0.71, "**Missed** by moe, in 0.71 of it."), (None, "**Missed**: none")],

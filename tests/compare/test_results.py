@@ -72,6 +72,14 @@ def test_figures_of_a_run_are_those_of_its_summary(small: Make, finish: Finish, 
             assert {name: run[name] for name in FIGURES} == {name: of_run[name] for name in FIGURES}
 
 
+def test_the_backend_that_computed_the_experts_is_said_of_each_run(small: Make, finish: Finish, tmp_path: Path) -> None:
+    comparison = small(seeds=2)
+    results = compare(comparison, finish(comparison, tmp_path, moe={"backend": "grouped_mm"}))
+    backends = {arm: [run["backend"] for run in facts["runs"]] for arm, facts in results["arms"].items()}
+    assert backends == {"dense": [None, None], "moe": ["grouped_mm", "grouped_mm"], "dense-wide": [None, None]}
+    assert results["arms"]["moe"]["model"]["moe"]["backend"] == "auto"  # which is what was asked for
+
+
 def test_at_equal_tokens_final_losses_are_compared(small: Make, finish: Finish, tmp_path: Path) -> None:
     comparison = small(seeds=3)
     results = compare(comparison, finish(comparison, tmp_path))

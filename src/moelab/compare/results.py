@@ -91,7 +91,7 @@ def _arm(comparison: Comparison, arm: str, runs: Sequence[Run]) -> dict[str, Any
         "parameters": own[0].summary["parameters"],
         "flops_per_token": own[0].summary["flops_per_token"],
         "runs": [
-            {"seed": run.seed, "budget": run.budget, "folder": run.folder}
+            {"seed": run.seed, "budget": run.budget, "folder": run.folder, "backend": run.summary.get("backend")}
             | {name: run.summary.get(name) for name in RUN_FIGURES}
             | final_figures(run)
             for run in own
