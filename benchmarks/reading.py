@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ ARMS = ("dense", "moe", "dense-wide", "moe-matched")  # in the order of the repo
 PAIRS = (("moe", "dense"), ("moe-matched", "dense"), ("moe", "dense-wide"))
 ALL_PAIRS = (*PAIRS, ("dense-wide", "dense"))  # and what size alone does
 BUDGETS = ("tokens", "flops", "seconds")
+NOT_RECORDED = "not recorded"
 GOAL = ("124m", 0.7)
 """Share of the dense arm's training time in which the MoE of that size is to be at its final loss."""
 
@@ -57,6 +58,11 @@ class Stored:
     def arms(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = self.results["arms"]
         return found
+
+    @property
+    def folders(self) -> set[str]:
+        """Of the runs of equal tokens: an arm and seed have one name in every size."""
+        return {run["folder"] for facts in self.arms.values() for run in facts["runs"] if run["budget"] == "tokens"}
 
     @property
     def context(self) -> int:
@@ -214,9 +220,7 @@ def _several_codes(stored: Sequence[Stored]) -> list[str]:
     """Sizes whose arms were not all trained by one version of the code, which may have made some faster."""
     told = []
     for one in stored:
-        codes: dict[str, list[str]] = {}
-        for entry in one.results["environments"]:
-            codes.setdefault(entry["environment"].get("commit") or "not recorded", []).extend(entry["runs"])
+        codes = _codes(one)
         if len(codes) > 1:
             parts = [f"{code}: {', '.join(runs)}" for code, runs in codes.items()]
             told.append(f"{one.name} ({'; '.join(parts)})")
@@ -225,6 +229,37 @@ def _several_codes(stored: Sequence[Stored]) -> list[str]:
     return [
         "Not all runs of a size were made by one commit, so that their times are not those of one code: "
         f"{'; '.join(told)}."
+    ]
+
+
+def _codes(one: Stored) -> dict[str, list[str]]:
+    """A size's runs by the commit that made them."""
+    codes: dict[str, list[str]] = {}
+    for entry in one.results["environments"]:
+        codes.setdefault(entry["environment"].get("commit") or NOT_RECORDED, []).extend(entry["runs"])
+    return codes
+
+
+def _codes_across(groups: Iterable[Sequence[Stored]]) -> list[str]:
+    """What is to be said where several commits made the runs of sizes that are compared with one another.
+
+    Those runs are of an arm and seed that another size of its group has too.
+    """
+    told = []
+    for group in groups:
+        codes: dict[str, list[str]] = {}
+        for one in group:
+            elsewhere = set[str]().union(*(other.folders for other in group if other is not one))
+            for code, runs in _codes(one).items():
+                if compared := [run for run in runs if run in one.folders & elsewhere]:
+                    codes.setdefault(code, []).append(f"{one.name} {', '.join(compared)}")
+        if len(codes) > 1 or NOT_RECORDED in codes:
+            told.append("; ".join(f"{code}: {', '.join(runs)}" for code, runs in codes.items()))
+    if not told:
+        return []
+    return [
+        "Not all runs that are compared here are known to be of one commit, so that the code may have a part in what "
+        f"differs. By commit: {'. '.join(told)}."
     ]
 
 
@@ -332,12 +367,13 @@ def _at_other_rates(stored: Sequence[Stored]) -> list[str]:
         "beyond it."
     )
     headings = ["size", "arm", "seeds", "loss at each learning rate", "best", "its loss"]
-    return ["## At other learning rates", text, _table(headings, rows), " ".join(words)]
+    several = [list(by_rate.values()) for by_rate in groups.values() if len(by_rate) > 1]
+    return ["## At other learning rates", text, _table(headings, rows), " ".join(words), *_codes_across(several)]
 
 
 def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
     """Every arm where a step has more sequences, beside the same tokens in the steps of all sizes."""
-    rows, words = [], []
+    rows, words, compared = [], [], []
     for base in (one for one in stored if one.name == one.base):
         for larger in (one for one in stored if one.base == base.name and one.sequences > base.sequences):
             losses = {}
@@ -349,6 +385,7 @@ def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
                     first, last = losses[arm]
                     told = [_in_steps(base), f"{first:.4f}", _in_steps(larger), f"{last:.4f}", signed(last - first)]
                     rows.append([larger.name, arm, str(len(common)), *told])
+            compared.append((base, larger))
             words += [_gap(arm, against, losses, larger.name) for arm, against in PAIRS if {arm, against} <= {*losses}]
     if not rows:
         return []
@@ -358,7 +395,7 @@ def _in_larger_steps(stored: Sequence[Stored]) -> list[str]:
         "seen here. The loss at equal tokens of every arm, the mean over the seeds that were run in both."
     )
     headings = ["size", "arm", "seeds", "steps of all sizes", "its loss", "larger steps", "its loss", "change"]
-    return ["## In larger steps", text, _table(headings, rows), *words]
+    return ["## In larger steps", text, _table(headings, rows), *words, *_codes_across(compared)]
 
 
 def _in_steps(one: Stored) -> str:

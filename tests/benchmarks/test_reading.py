@@ -170,6 +170,29 @@ def test_arms_that_different_code_trained_are_named(tmp_path: Path) -> None:
     assert "those of one code: 5m (abc: run-abc; not recorded: run-None)." in text
 
 
+@pytest.mark.parametrize(("other", "section"), [("124m-lr1e-3", "At other learning rates"), ("124m-b32", "In larger")])
+def test_where_sizes_are_compared_it_is_said_that_different_code_trained_them(
+    tmp_path: Path, other: str, section: str
+) -> None:
+    def said(folder: Path, *commits: str | None) -> str:
+        sizes = {name: stored("124m", 1.0) for name in ("124m", other)}
+        sizes[other]["training"] |= {"learning_rate": 1e-3, "batch_size": 32 if "-b" in other else 8}
+        sizes[other]["arms"].pop("dense-wide")
+        for results, commit in zip(sizes.values(), commits, strict=True):
+            runs = [f"{arm}-seed0" for arm in results["arms"]]
+            results["environments"] = [{"environment": {"device": "a GPU", "commit": commit}, "runs": runs}]
+        for name, results in sizes.items():
+            (folder / name).mkdir(parents=True)
+            write_aside(folder / name / "results.json", json.dumps(results))
+        text = write_page(folder, {name: Comparison(preset="124m") for name in sizes}).read_text()
+        return text.partition(f"## {section}")[2].partition("\n## ")[0]
+
+    runs = "dense-seed0, moe-seed0"  # and not dense-wide, which one of them lacks
+    assert f"By commit: abc: 124m {runs}; def: {other} {runs}." in said(tmp_path / "two", "abc", "def")
+    assert f"By commit: not recorded: 124m {runs}; abc: {other} {runs}." in said(tmp_path / "unknown", None, "abc")
+    assert "By commit" not in said(tmp_path / "one", "abc", "abc")
+
+
 def test_the_backend_of_the_experts_is_said_where_it_is_recorded(tmp_path: Path) -> None:
     sizes = {size: stored(size, 1.0) for size in ("5m", "40m", "124m")}
     for size in ("5m", "124m"):
