@@ -7,7 +7,7 @@ takes each way's peak memory over what was there before. `moelab.model.head.CHUN
 whole logits are compiled, as training would compile them; and the softmax alone is timed for each of `--kernels`, which
 are warps × programs of a multiprocessor, as `softmax_kernel` takes them. One read and one write of the
 logits count as moved. Others, on GPUs: Liger (`pip install --no-deps liger-kernel`) and Apple's cut cross-entropy
-(`pip install --no-deps cut-cross-entropy`; without its filter, which drops gradients that random logits have only of);
+(`pip install --no-deps cut-cross-entropy`; without its filter of small gradients, since random logits have no others);
 anywhere PyTorch's own, from 2.13 on.
 """
 
