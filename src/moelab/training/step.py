@@ -98,7 +98,6 @@ class Step:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._first_pass(windows)
-            torch.cuda.empty_cache()  # or the next would cut up what this one left, and lack room for the head
             waits = self._waits_for_host(windows)
             if waits is None:
                 rehearse(self.optimizer)
@@ -133,9 +132,13 @@ class Step:
             (one @ one).sum().backward()
 
     def _first_pass(self, windows: torch.Tensor) -> None:
-        """Compiles; what that takes of memory beside the step, as where kernels are tried on copies, is not counted."""
+        """Compiles; what that takes of memory beside the step, as where kernels are tried on copies, is not counted.
+
+        Nor kept: a step would cut up what the trials left, and lack a whole block for the head's logits.
+        """
         self._open_libraries()
         self._rehearse(windows)
+        torch.cuda.empty_cache()
         reset_peak_memory(self.device)
 
     def _rehearse(self, windows: torch.Tensor) -> None:
