@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError
@@ -12,6 +13,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from emulated_gpu import EmulatedLaunch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelab.experts import cuda, nvrtc, reference
@@ -28,6 +31,7 @@ ROWS = (
     "activate_backward",
     "weighted_backward",
     "bias_parts",
+    "sum_parts",
 )
 
 needs_nvrtc = pytest.mark.skipif(
@@ -83,8 +87,8 @@ def assembly(source: nvrtc.Source, arch: str) -> str:
     from cuda.bindings import nvrtc as compiler
 
     _, program = compiler.nvrtcCreateProgram(source.text().encode(), b"source", 0, None, None)
-    given = [f"-arch={arch}", "-std=c++17", *(f"-D{name}={value}" for name, value in source.definitions(arch))]
-    compiler.nvrtcCompileProgram(program, len(given), [option.encode() for option in given])
+    options = [f"-arch={arch}", "-std=c++17", *(f"-D{name}={value}" for name, value in source.definitions(arch))]
+    compiler.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     _, size = compiler.nvrtcGetPTXSize(program)
     ptx = b" " * size
     compiler.nvrtcGetPTX(program, ptx)
@@ -202,9 +206,73 @@ def test_products_with_a_bias_of_each_slots_expert(
     partial = torch.randn(len(found), 5, generator=generator)
     partial[kept.sum() :] = torch.nan  # rows that nothing is written to
     sums = partial.sum(1)[rows.routing.row_of_slot.long()].view(indices.shape)
-    for given, added in ((dots, dots), (None, torch.zeros_like(dots))):
+    for extra, added in ((dots, dots), (None, torch.zeros_like(dots))):
         right = torch.where(kept, sums + added, 0.0)
-        torch.testing.assert_close(rows.slot_gradient(partial, torch.empty(21, 2), given), right)
+        torch.testing.assert_close(rows.slot_gradient(partial, torch.empty(21, 2), extra), right)
+
+
+@given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=40), tall=st.integers(1, 80), dropped=st.integers(0, 9))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_end_where_as_many_rows_or_an_experts_last_are(
+    without_clusters: EmulatedLaunch, counts: list[int], tall: int, dropped: int
+) -> None:
+    kernels, *_ = kernels_of(without_clusters, torch.float32, counts, dropped)
+    expected, start = [], 0
+    for own in counts:
+        expected += [*range(start + tall, start + own, tall), start + own] if own else []
+        start += own
+    room = (start + dropped) // tall + len(counts)
+    assert len(expected) <= room
+    assert kernels.part_ends(tall, room).tolist() == expected + [start] * (room - len(expected))
+
+
+def kernels_of(launch: Any, dtype: torch.dtype, counts: list[int], dropped: int) -> tuple[cuda.Rows, torch.Tensor, int]:
+    """For experts that have so many slots; where their rows end, and how many rows there are."""
+    bins = torch.tensor([e for e, own in enumerate(counts) for _ in range(own)] + [-1] * dropped, dtype=torch.int64)
+    indices = bins[torch.randperm(len(bins), generator=torch.Generator().manual_seed(0)), None]
+    routing = cuda.route(launch, indices, len(counts))
+    return cuda.Rows(launch, cuda._rows(dtype, "relu2"), routing, indices), routing.offsets, len(bins)
+
+
+@pytest.mark.parametrize("width", [16, 24, 20])  # the last in accesses of one element
+@pytest.mark.parametrize(
+    ("counts", "dropped"), [([90, 0, 7, 3], 5), ([0, 130], 0), ([32, 33, 31, 64, 0], 40), ([40] * 9, 1)], ids=str
+)
+def test_weight_gradients_of_parts_are_those_of_whole_experts(
+    without_clusters: EmulatedLaunch, counts: list[int], dropped: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU where the products are one kernel, but with those of the CPU, and rows that are nobody's NaN."""
+    monkeypatch.setattr(cuda, "LOWEST", 32)
+    monkeypatch.setattr(cuda.products, "one_kernel", lambda *_: True)
+    kernels, offsets, count = kernels_of(without_clusters, torch.bfloat16, counts, dropped)
+    generator = torch.Generator().manual_seed(width)
+    d_out, h, d_z, rows = (
+        torch.randn(count, side, generator=generator).to(torch.bfloat16) for side in (width, 40, 40, width)
+    )
+    for t in (d_out, h, d_z, rows):
+        t[offsets[-1] :] = torch.nan
+    w_out, w_in = (torch.empty(len(counts), *sides, dtype=torch.bfloat16) for sides in ((width, 40), (40, width)))
+    made: list[int] = []
+    product = cuda.products.weight_gradient
+    monkeypatch.setattr(
+        cuda.products, "weight_gradient", lambda *called: made.append(len(called[3])) or product(*called)
+    )
+    found = kernels.weight_gradients(d_out, h, w_out, d_z, rows, w_in)
+    assert made == [count // 32 + len(counts)] * 2
+    starts = [0, *offsets.tolist()]
+    for gradient, left, right in zip(found, (d_out, d_z), (h, rows), strict=True):
+        for e, (start, end) in enumerate(itertools.pairwise(starts)):
+            exact = left[start:end].double().T @ right[start:end].double()
+            assert (gradient[e].double() - exact).norm() <= 6e-3 * exact.norm()
+
+
+def test_only_matrices_of_few_tiles_are_made_of_parts() -> None:
+    def rows_of_a_part(width: int, rows: int = 65_536) -> int:
+        return cuda.part_rows(rows, torch.empty(width, 4 * width, device="meta"))
+
+    assert [rows_of_a_part(width) for width in (256, 512, 768, 1024)] == [4608, 18_432, 18_432, 65_536]
+    assert rows_of_a_part(64, 8192) == 1024
+    assert rows_of_a_part(64, 700) >= 700  # whole
 
 
 Leaves = list[torch.Tensor | None]
@@ -421,3 +489,18 @@ def test_rows_may_have_more_than_2_to_the_31_elements() -> None:
         assert torch.equal(kernels.combine(d_rows, 2 * weights), x / 2)
         h = kernels.activate(rows, None, width)
         assert torch.equal(h[-5:], rows[-5:].float().relu().square().bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("skew", [0.0, 1.0])  # a share of the slots that all go to one expert
+@pytest.mark.parametrize(("width", "hidden"), [(256, 1024), (200, 328)])
+def test_a_gpu_makes_weight_gradients_of_parts(width: int, hidden: int, skew: float) -> None:
+    device = usable()
+    leaves, indices = drawn((4096, width, hidden, 8, 2), "gelu", True, torch.bfloat16)
+    indices[torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)) < skew] = 2
+    leaves, indices = on_gpu(leaves, device), indices.to(device)
+    expected = results(reference.expert_mlp, leaves, indices, "gelu", torch.float64)
+    found, again = (results(cuda.expert_mlp, leaves, indices, "gelu", torch.bfloat16) for _ in range(2))
+    for one, other, twice in zip(found, expected, again, strict=True):
+        assert ((one.double() - other).norm() / (other.norm() or 1)).item() <= 1e-2
+        assert torch.equal(one, twice)

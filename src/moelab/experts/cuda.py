@@ -26,15 +26,17 @@ from moelab.config import Activation, UsageError
 from moelab.experts import nvrtc, products, requirements
 from moelab.experts.activation import inner_size
 from moelab.experts.choice import Shape
-from moelab.experts.self_check import ALIGNED, SMALL
+from moelab.experts.self_check import SMALL, Trial
 
 DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.float32: "FLOAT32"}
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "silu", "swiglu")  # by the numbers that rows.cu knows them by
 assert set(ACTIVATIONS) == set(get_args(Activation))
 MOST_EXPERTS = 3000  # counters of one warp in the shared memory that a block has without asking
 SHARED = 47 * 1024  # bytes; of 48 KiB, clusters keep one
-TRIALS = (SMALL, ALIGNED)
+TRIALS = (SMALL, Trial(1200, 128, 256, 3, fp32=False))  # the second for 16-byte accesses, and for products of parts
 WARPS, TALL = 8, 256  # of a block, and rows of a part, in rows.cu
+TILE, TILES = 128, 256  # a side of what a product's block makes of a weight gradient, and how many keep a GPU busy
+FEWEST, LOWEST = 4, 1024  # parts of all rows, where weight gradients are made of parts, and rows of each, at least
 
 
 def unusable(device: torch.device) -> str | None:
@@ -262,6 +264,44 @@ class Rows:
         )  # fmt: skip
         return out
 
+    def weight_gradients(
+        self, d_out_ND: torch.Tensor, h_NF: torch.Tensor, w_out: torch.Tensor, d_z: torch.Tensor,
+        rows_ND: torch.Tensor, w_in: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Those of w_out (E, D, F) and w_in (E, F or 2F, D), 0 for an expert without rows.
+
+        Where the products are one kernel and a matrix has few tiles for it, an expert's rows are cut into parts, which
+        are products of their own, then summed in their order: else an expert that has most of the rows would keep a few
+        blocks at work for long, and the others idle.
+        """
+        pairs = ((d_out_ND, h_NF, w_out), (d_z, rows_ND, w_in))
+        tall = part_rows(len(rows_ND), w_out[0])
+        experts, count = len(w_out), len(rows_ND) // tall + len(w_out)
+        if tall >= len(rows_ND) or not products.one_kernel(rows_ND, count):
+            d_w_out, d_w_in = (products.weight_gradient(*pair, self.routing.offsets) for pair in pairs)
+            if products.one_kernel(rows_ND, experts):
+                self.clear_idle(d_w_in, d_w_out)
+            return d_w_out, d_w_in
+        ends = self.part_ends(tall, count)
+        d_w_out, d_w_in = (self._sum_of_products(products.weight_gradient(*p, ends), p[2], tall) for p in pairs)
+        return d_w_out, d_w_in
+
+    def part_ends(self, tall: int, count: int) -> torch.Tensor:
+        """(count,) int32: where parts of the experts' rows end, of `tall` rows and an expert's last of what is left;
+        after them, again and again, where the last one does."""
+        ends, offsets = self.routing.offsets.new_empty(count), self.routing.offsets
+        self._run("part_ends", -(-count // 32), offsets.data_ptr(), ends.data_ptr(), len(offsets), tall, count)
+        return ends
+
+    def _sum_of_products(self, made: torch.Tensor, like: torch.Tensor, tall: int) -> torch.Tensor:
+        """made (parts, …), of `tall` rows of an expert each → (E, …)."""
+        out, size = torch.empty_like(like), like[0].numel()
+        self.launch(
+            self.source, "sum_parts", (64, len(out)), (32, WARPS), made.data_ptr(),
+            self.routing.offsets.data_ptr(), out.data_ptr(), tall, size, _wide(size, made, out),
+        )  # fmt: skip
+        return out
+
     def clear_idle(self, d_in: torch.Tensor, d_out: torch.Tensor) -> None:
         """Zeros in two tensors (E, …) for experts without rows."""
         self.launch(
@@ -292,6 +332,15 @@ class Rows:
     def _kept(self) -> int:
         """Where the device finds how many rows are not of dropped slots: the last of the offsets."""
         return self.routing.offsets[-1:].data_ptr()
+
+
+def part_rows(rows: int, matrix: torch.Tensor) -> int:
+    """Of how many rows an expert's parts are, for products that make such a matrix; all if it has tiles enough.
+
+    An eighth more than an even share of the rows, or half of the experts with such a share had a few rows too many.
+    """
+    tiles = -(-matrix.shape[0] // TILE) * -(-matrix.shape[1] // TILE)
+    return rows if tiles >= TILES else max(LOWEST, -(-9 * rows // (8 * max(FEWEST, -(-TILES // tiles)))))
 
 
 def address(t: torch.Tensor | None) -> int:
@@ -347,13 +396,10 @@ def dispatched_experts_backward(
     with nvrtc.launches(dy.device) as launch:
         kernels = Rows(launch, _rows(dy.dtype, activation), Routing(row_of_slot, slot_of_row, offsets), indices)
         d_outputs, d_weights = kernels.combine_backward(dy.contiguous(), outputs, weights, b_out)
-        d_w_out = products.weight_gradient(d_outputs, h, w_out, offsets)
         d_h = products.product(d_outputs, w_out, offsets)
         d_z, d_b_in = kernels.activate_backward(z, b_in, d_h)
-        d_w_in = products.weight_gradient(d_z, rows, w_in, offsets)
+        d_w_out, d_w_in = kernels.weight_gradients(d_outputs, h, w_out, d_z, rows, w_in)
         d_x = kernels.combine(products.product(d_z, w_in, offsets))
-        if products.one_kernel(rows, len(w_in)):
-            kernels.clear_idle(d_w_in, d_w_out)
         d_b_out = dy.new_empty(0) if b_out is None else kernels.bias_gradient(d_outputs)
         return d_x, d_weights, d_w_in, d_w_out, d_b_in, d_b_out
 

@@ -472,20 +472,68 @@ bias_parts(const Element* rows, const float* weights, const int* slot_of_row, co
     BY_WIDTH(wide, sum_columns, rows, weights, slot_of_row, sums, part, top_k, width);
 }
 
+// An expert's parts, of `tall` rows each, where those of all experts stand one after another.
+struct Parts {
+    Index first = 0, count = 0;
+
+    __device__ Parts(const int* offsets, int expert, Index tall) {
+        for (int e = 0; e <= expert; ++e) {
+            first += count;
+            count = (offsets[e] - (e ? offsets[e - 1] : 0) + tall - 1) / tall;
+        }
+    }
+};
+
 // sums (parts, C) → out (E, C), over the parts of an expert, of `tall` rows each, in their order. Grid: (C / (32 · WARPS), E).
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 bias_gradient(const float* sums, const int* offsets, Element* out, Index tall, Index width) {
     const Index at = warp_of_grid() * 32 + threadIdx.x;
     if (at >= width) return;
-    Index first = 0, parts = 0;
-    for (int e = 0; e <= static_cast<int>(blockIdx.y); ++e) {
-        first += parts;
-        parts = (offsets[e] - (e ? offsets[e - 1] : 0) + tall - 1) / tall;
-    }
+    const Parts parts(offsets, blockIdx.y, tall);
     float sum[1] = {};
 #pragma unroll 16
-    for (Index part = first; part < first + parts; ++part) sum[0] += sums[part * width + at];
+    for (Index part = parts.first; part < parts.first + parts.count; ++part) sum[0] += sums[part * width + at];
     store(out + blockIdx.y * width + at, narrow(sum));
+}
+
+// ends (count): where each part of the experts' rows ends, and those that there are not, where the last one does.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+part_ends(const int* offsets, int* ends, Index experts, Index tall, Index count) {
+    const Index part = warp_of_grid() * 32 + threadIdx.x;
+    if (part >= count) return;
+    Index first = 0, start = 0;
+    for (int e = 0; e < experts; ++e) {
+        const Index end = offsets[e], next = first + (end - start + tall - 1) / tall;
+        if (part < next) {
+            const Index here = start + (part - first + 1) * tall;
+            ends[part] = static_cast<int>(here < end ? here : end);
+            return;
+        }
+        first = next;
+        start = end;
+    }
+    ends[part] = static_cast<int>(start);
+}
+
+template <int V> __device__ void sum_matrices(
+    const Element* __restrict__ made, Element* __restrict__ out, const Parts& parts, Index size) {
+    made += parts.first * size;
+    out += blockIdx.y * size;
+    const Index step = static_cast<Index>(gridDim.x) * 32 * WARPS * V;
+    for (Index at = (warp_of_grid() * 32 + threadIdx.x) * V; at < size; at += step) {
+        float sum[V] = {};
+#pragma unroll 4
+        for (Index part = 0; part < parts.count; ++part) add<V>(sum, made + part * size + at);
+        copy(out + at, narrow(sum));
+    }
+}
+
+// made (parts, …) of `size` elements each → out (E, …), over an expert's parts, in their order; zeros for one without
+// rows. Grid: (any, E).
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+sum_parts(const Element* made, const int* offsets, Element* out, Index tall, Index size, Index wide) {
+    const Parts parts(offsets, blockIdx.y, tall);
+    BY_WIDTH(wide, sum_matrices, made, out, parts, size);
 }
 
 // Zeros in both weight gradients, of `size` elements an expert, of experts without rows. Grid: (any, E).
