@@ -17,9 +17,12 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
-# Or each worker's compiler would start as many processes as there are cores.
-CORES = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, CORES)))
+# Or each worker's compiler would start as many processes as there are cores, and each process that a test starts as
+# many threads, which wait for one another for longer than they work while those of another worker run in between. Set
+# in workers alone: what the process that starts them sets they inherit.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    for variable in ("TORCHINDUCTOR_COMPILE_THREADS", "OMP_NUM_THREADS"):
+        os.environ[variable] = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
