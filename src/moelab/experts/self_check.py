@@ -62,7 +62,6 @@ class Trial(NamedTuple):
 
 # Rows are no multiple of 16 bytes. A backend that does not take this, or whose kernels differ, has `TRIALS` of its own.
 SMALL = Trial(40, 20, 36, 5)
-ALIGNED = Trial(40, 128, 256, 3, fp32=False)  # rows that 16-byte accesses and whole tiles are for
 Answer = TypeVar("Answer")
 
 
